@@ -1,0 +1,1 @@
+//! Concepts: sets of cross-attention weights, their files and their composition.

@@ -1,0 +1,1 @@
+//! Diffusion: schedules, samplers, UNets with swappable keys and values, and the text-to-image pipeline.

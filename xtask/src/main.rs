@@ -1,0 +1,2 @@
+//! The project's command runner: `cargo xtask <command>`.
+fn main() {}
