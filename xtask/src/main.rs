@@ -1,2 +1,72 @@
-//! The project's command runner: `cargo xtask <command>`.
-fn main() {}
+//! The project's command runner: everything that a fresh clone needs beyond Rust, a C compiler and Python 3 is set up
+//! by the command that needs it, under the target folder.
+
+mod bench;
+mod demo;
+mod eval;
+mod place;
+mod python;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Macula's command runner")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Draw with concepts from a C host; the picture is out/demo.png
+    Demo,
+    /// Run every test, in Rust, C and Python
+    Test {
+        /// Add the long ones: full-size models, long races
+        #[arg(long)]
+        full: bool,
+        /// Run only the Rust tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Measure speed and memory against Python onnxruntime; figures go to out/bench.json
+    Bench {
+        /// Leave out the models of Stable Diffusion's size (4 GB of disk, 10 GB of memory)
+        #[arg(long)]
+        small: bool,
+    },
+    /// Measure quality; figures and pictures go to out/
+    Eval {
+        /// What to measure
+        what: eval::What,
+        /// Larger samples
+        #[arg(long)]
+        full: bool,
+    },
+    /// Write include/macula.h anew from the exported functions
+    Header,
+    /// Get ONNX Runtime and the Python environment, and print how to use them by hand
+    Setup,
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().command {
+        Command::Demo => demo::run(),
+        Command::Test { full, filter } => test::run(full, filter.as_deref()),
+        Command::Bench { small } => bench::run(small),
+        Command::Eval { what, full } => eval::run(what, full),
+        Command::Header => header(),
+        Command::Setup => setup(),
+    }
+}
+
+fn header() -> Result<()> {
+    anyhow::bail!("the header is not generated yet")
+}
+
+fn setup() -> Result<()> {
+    println!("export MACULA_ONNXRUNTIME={}", python::onnxruntime()?.display());
+    println!("export MACULA_PYTHON={}", python::environment()?.display());
+    Ok(())
+}

@@ -1,0 +1,37 @@
+//! `cargo xtask demo`: the main job, done by a C host, with a picture at the end.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::place::{cargo, out, root, step, target};
+use crate::python;
+
+/// Builds the library, compiles the C example against the header, and draws `out/demo.png`.
+pub fn run() -> Result<()> {
+    let runtime = python::onnxruntime()?;
+    step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
+    let program = compile_example("compose")?;
+    let picture = out()?.join("demo.png");
+    let models = root().join("models");
+    let draw = &mut Command::new(program);
+    draw.env("MACULA_ONNXRUNTIME", runtime).arg(models.join("emoji")).arg(models.join("concepts")).arg(&picture);
+    step("draw", draw)?;
+    println!("The picture is {}", picture.display());
+    Ok(())
+}
+
+/// Compiles `examples/c/<name>.c` against the header and the release library.
+fn compile_example(name: &str) -> Result<std::path::PathBuf> {
+    let library: &Path = &target()?.join("release");
+    let folder = target()?.join("examples-c");
+    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let program = folder.join(name);
+    let compile = &mut Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into()));
+    compile.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-I"]).arg(root().join("include"));
+    compile.arg(root().join(format!("examples/c/{name}.c"))).arg("-o").arg(&program);
+    compile.arg("-L").arg(library).arg(format!("-Wl,-rpath,{}", library.display())).args(["-lmacula", "-lm"]);
+    step(&format!("compile examples/c/{name}.c"), compile)?;
+    Ok(program)
+}

@@ -1,0 +1,30 @@
+//! `cargo xtask test`: formatting, lints, and every test, with the runtime and the oracles at hand.
+
+use anyhow::Result;
+
+use crate::place::{cargo, step};
+use crate::python;
+
+/// Runs the tests; `full` adds the long ones, `filter` keeps only tests whose name contains it.
+pub fn run(full: bool, filter: Option<&str>) -> Result<()> {
+    let runtime = python::onnxruntime()?;
+    let interpreter = python::environment()?;
+    let test = |what: &str, arguments: &[&str]| -> Result<()> {
+        let mut command = cargo()?;
+        command.arg("test").args(arguments);
+        command.env("MACULA_ONNXRUNTIME", &runtime).env("MACULA_PYTHON", &interpreter);
+        if full {
+            command.env("MACULA_FULL_TESTS", "1");
+        }
+        if let Some(filter) = filter {
+            command.args(["--", filter]);
+        }
+        step(what, &mut command)
+    };
+    if filter.is_none() {
+        step("formatting", cargo()?.args(["fmt", "--all", "--check"]))?;
+        step("lints", cargo()?.args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    }
+    test("tests", &["--workspace"])?;
+    test("tests with injected panics", &["--features", "inject", "--test", "capi"])
+}
