@@ -4,11 +4,130 @@
 
 use std::ffi::{CStr, CString, OsStr, c_void};
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
 use std::ptr::NonNull;
+
+/// What tells one state of a file from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct FileIdentity {
+    pub device: u64,
+    pub inode: u64,
+    pub size: u64,
+    /// Nanoseconds since 1970 of the last change to the contents.
+    pub modified: i128,
+}
+
+impl FileIdentity {
+    pub(crate) fn of(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()),
+        }
+    }
+
+    /// The same file, whatever its present contents.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+/// How many directory entries lead to a file.
+pub(crate) fn hard_links(metadata: &std::fs::Metadata) -> u64 {
+    metadata.nlink()
+}
+
+/// A directory that was opened once: what it names stays the same when its path is renamed or replaced.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl Directory {
+    /// Opens a directory by its canonical path.
+    pub(crate) fn open(canonical: &Path) -> io::Result<Self> {
+        let fd = open_at(libc::AT_FDCWD, canonical.as_os_str(), libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW)?;
+        Ok(Self { fd, path: canonical.to_owned() })
+    }
+
+    /// The canonical path that it was opened by.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens a regular file below this directory for reading, following no symbolic link on the way, so that nothing
+    /// that is swapped in meanwhile leads elsewhere. Anything but a regular file is refused without reading from it,
+    /// and opening never blocks.
+    pub(crate) fn open_file(&self, relative: &Path) -> io::Result<File> {
+        let mut names = Vec::new();
+        for component in relative.components() {
+            match component {
+                Component::Normal(name) => names.push(name),
+                _ => return Err(invalid_input("not a plain relative path")),
+            }
+        }
+        let Some((file_name, folders)) = names.split_last() else {
+            return Err(invalid_input("an empty path"));
+        };
+        let mut folder: Option<OwnedFd> = None;
+        for name in folders {
+            let at = folder.as_ref().unwrap_or(&self.fd).as_raw_fd();
+            folder = Some(open_at(at, name, libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW)?);
+        }
+        let at = folder.as_ref().unwrap_or(&self.fd).as_raw_fd();
+        // Looked at before it is opened: opening a device may already do something.
+        let seen = File::from(open_at(at, file_name, libc::O_PATH | libc::O_NOFOLLOW)?);
+        refuse_unless_regular(&seen.metadata()?)?;
+        let flags = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = File::from(open_at(at, file_name, flags)?);
+        refuse_unless_regular(&file.metadata()?)?;
+        Ok(file)
+    }
+}
+
+/// Opens a regular file for reading. Symbolic links are followed; anything but a regular file is refused without
+/// reading from it, and opening never blocks.
+pub(crate) fn open_regular_file(path: &Path) -> io::Result<File> {
+    refuse_unless_regular(&std::fs::metadata(path)?)?;
+    let flags = libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = File::from(open_at(libc::AT_FDCWD, path.as_os_str(), flags)?);
+    refuse_unless_regular(&file.metadata()?)?;
+    Ok(file)
+}
+
+fn refuse_unless_regular(metadata: &std::fs::Metadata) -> io::Result<()> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    let kind = metadata.file_type();
+    Err(invalid_input(if kind.is_dir() {
+        "a directory, not a regular file"
+    } else if kind.is_symlink() {
+        "a symbolic link, not a regular file"
+    } else {
+        "a device, pipe or socket, not a regular file"
+    }))
+}
+
+fn open_at(directory: libc::c_int, name: &OsStr, flags: libc::c_int) -> io::Result<OwnedFd> {
+    let name = CString::new(name.as_bytes()).map_err(|_| invalid_input("a path that holds a NUL byte"))?;
+    // SAFETY: `name` is a NUL-terminated string that outlives the call; `openat` reads nothing else of ours.
+    let fd = unsafe { libc::openat(directory, name.as_ptr(), flags | libc::O_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so `fd` is open and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn invalid_input(message: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, message)
 
 /// Says why a file can't be a shared library for this process, before the loader maps (and may crash on) it.
 ///

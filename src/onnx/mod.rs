@@ -1,4 +1,14 @@
 //! ONNX models as data: read, write, inspect and edit them. This room knows no ONNX Runtime.
 
+pub mod external;
+pub mod graph;
+pub mod limits;
+pub mod model;
 #[allow(missing_docs, clippy::all)]
 pub mod proto;
+pub mod tensor;
+mod walk;
+
+pub use limits::Limits;
+pub use model::Model;
+pub use tensor::DataType;
