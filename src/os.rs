@@ -128,6 +128,7 @@ fn open_at(directory: libc::c_int, name: &OsStr, flags: libc::c_int) -> io::Resu
 
 fn invalid_input(message: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, message)
+}
 
 /// Says why a file can't be a shared library for this process, before the loader maps (and may crash on) it.
 ///
