@@ -1,1 +1,8 @@
-//! Diffusion: schedules, samplers, UNets with swappable keys and values, and the text-to-image pipeline.
+//! Diffusion: noise schedules and samplers, a UNet whose keys and values are fed from outside, guidance, and the
+//! text-to-image pipeline over a folder in the diffusers layout.
+//!
+//! This room knows nothing of ONNX Runtime's types; it speaks to [`crate::runtime`]. What a concept is, is decided below,
+//! in [`crate::concept`].
+
+pub mod noise;
+pub mod schedule;
