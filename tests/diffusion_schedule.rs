@@ -95,11 +95,7 @@ fn unhandled_and_wrong_fields_are_named() {
             Status::Unsupported,
             "sde-dpmsolver++",
         ),
-        (
-            json!({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}),
-            Status::Unsupported,
-            "solver_order",
-        ),
+        (json!({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}), Status::Unsupported, "solver_order"),
         (
             json!({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": true}),
             Status::Unsupported,
@@ -108,11 +104,7 @@ fn unhandled_and_wrong_fields_are_named() {
         (json!({"_class_name": "DDIMScheduler", "beta_end": 1.5}), Status::InvalidFile, "beta_end"),
         (json!({"_class_name": "DDIMScheduler", "beta_end": "x"}), Status::InvalidFile, "beta_end"),
         (json!({"_class_name": "DDIMScheduler", "clip_sample": 1}), Status::InvalidFile, "clip_sample"),
-        (
-            json!({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}),
-            Status::InvalidFile,
-            "num_train_timesteps",
-        ),
+        (json!({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}), Status::InvalidFile, "num_train_timesteps"),
         (
             json!({"_class_name": "DDIMScheduler", "num_train_timesteps": 1_000_000_000}),
             Status::InvalidFile,
