@@ -1,0 +1,649 @@
+//! The concept file: a set of neurons and where it comes from, as a `.safetensors` file.
+//!
+//! It knows no model: whether a concept fits a base is asked where it is applied.
+//!
+//! # Format, version 1
+//! A safetensors file: 8 bytes length of the header (little-endian), the header (JSON, padded with spaces to a multiple
+//! of 8 bytes), the data. Our header is at most 8 MiB, names no key twice, and lists tensors whose offsets cover the data
+//! without gap or overlap. Any safetensors reader opens the file.
+//!
+//! **Tensors.** One per projection that was looked at, named by its diffusers module path and `.neurons`, for example
+//! `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.neurons`: dtype `U8`, shape `[bytes]`, in byte-wise order
+//! of the paths. The bytes are the compressed indices (below), which count weights of the `[out, in]` layout:
+//! `index = row * in_features + column`. A projection without neurons is listed too. There are no other tensors.
+//!
+//! **Payload.** Numbers are little-endian; bit `i` of a stream is bit `i % 8` of its byte `i / 8`.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0..4, 4..8, 8..12 | `out_features`, `in_features`, `count` as `u32` |
+//! | 12 | bits 0..7: the Rice parameter `r`, 0..=31; bit 7: the *complement* is coded |
+//! | 13.. | low stream, `ceil(count * r / 8)` bytes: the low `r` bits of each gap, lowest first, then zero bits |
+//! | ..end | unary stream: for each gap, `gap >> r` zero bits and a one, then zero bits to the end of the byte |
+//!
+//! A gap is `index[i] - index[i - 1] - 1`, with `index[-1] = -1`. If more than half of the weights are members, the
+//! indices of the others are coded and bit 7 is set. Any `r` is read; the writer takes the least one of least total bits.
+//!
+//! **Metadata** (`__metadata__`, strings):
+//!
+//! | key | value |
+//! |---|---|
+//! | `macula.format` * | `1` |
+//! | `macula.base` * | the base model's [`Fingerprint`], 64 hexadecimal digits |
+//! | `macula.role` * | `implant` (shutting the neurons draws the subject) or `erase` (shutting them removes it) |
+//! | `macula.values` * | `none`: members are shut. Other values are refused by readers of this version; they are the place for tuned values (`binary`, `quaternary`, `float16`, `float32`), which come as tensors `<path>.values`, one value per member in ascending order of the indices |
+//! | `macula.scope` | default scope: `global` (every token) or `local` (the rows of the concept's own tokens); `global` if absent |
+//! | `macula.method` | how the set was found, free text |
+//! | `macula.trigger`, `macula.class_noun` | the subject's word, e.g. `<s1>`, and its class, e.g. `dog` |
+//! | `macula.prompts` | the prompts of the search: a JSON array of strings |
+//! | `macula.budget` or `macula.threshold` | what bounded the set: a share of the weights in `[0, 1]`, or the least score; decimal |
+//! | `macula.steps`, `macula.seed` | steps and seed of the search, decimal `u64` |
+//! | `modelspec.sai_model_spec` * | `1.0.1`: the other `modelspec.` keys are those of the Stability AI model metadata standard |
+//! | `modelspec.architecture` * | the base's architecture and `/concept-neurons`, e.g. `stable-diffusion-v1/concept-neurons` |
+//! | `modelspec.implementation` * | `macula` |
+//! | `modelspec.title` * | a name for people |
+//! | `modelspec.date` | ISO 8601 |
+//! | `modelspec.trigger_phrase` | trigger word and class noun |
+//! | `modelspec.hash_sha256` * | `0x` and the SHA-256 of the data (all that follows the header), checked on reading |
+//!
+//! Keys marked * must be there. Other keys are kept.
+//!
+//! `models/reference/concept_file.py` reads and writes the same format in NumPy.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype;
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use sha2::{Digest, Sha256};
+
+use super::codec;
+use super::fingerprint::Fingerprint;
+use super::set::{Layer, NeuronSet};
+use crate::error::{Error, Result};
+
+/// The version of the format that is written, and the only one that is read.
+pub const FORMAT_VERSION: &str = "1";
+
+/// The longest header of a concept file that is read.
+pub const MAX_HEADER_BYTES: u64 = 8 << 20;
+
+/// The largest concept file that is read: 1 GiB; a set at SDXL size takes at most 43 MB.
+pub const MAX_FILE_BYTES: u64 = 1 << 30;
+
+/// The most weights that the projections of one file may have together: six times those of SDXL. Bitmaps of as many bits
+/// take 256 MiB.
+pub const MAX_FILE_WEIGHTS: u64 = 1 << 31;
+
+const TENSOR_SUFFIX: &str = ".neurons";
+
+const FORMAT: &str = "macula.format";
+const BASE: &str = "macula.base";
+const ROLE: &str = "macula.role";
+const VALUES: &str = "macula.values";
+const SCOPE: &str = "macula.scope";
+const METHOD: &str = "macula.method";
+const TRIGGER: &str = "macula.trigger";
+const CLASS_NOUN: &str = "macula.class_noun";
+const PROMPTS: &str = "macula.prompts";
+const BUDGET: &str = "macula.budget";
+const THRESHOLD: &str = "macula.threshold";
+const STEPS: &str = "macula.steps";
+const SEED: &str = "macula.seed";
+const SPEC: &str = "modelspec.sai_model_spec";
+const ARCHITECTURE: &str = "modelspec.architecture";
+const IMPLEMENTATION: &str = "modelspec.implementation";
+const TITLE: &str = "modelspec.title";
+const DATE: &str = "modelspec.date";
+const TRIGGER_PHRASE: &str = "modelspec.trigger_phrase";
+const HASH: &str = "modelspec.hash_sha256";
+
+/// What shutting a concept's neurons does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// It draws the subject (Cones).
+    Implant,
+    /// It removes the subject.
+    Erase,
+}
+
+/// Where a concept acts unless the host says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// On every token of every prompt, the unconditional one too (Cones).
+    Global,
+    /// On the rows of the concept's own tokens only.
+    Local,
+}
+
+/// What bounded a set while it was searched.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Selection {
+    /// A share of the weights, in `[0, 1]`.
+    Budget(f64),
+    /// The least score of a member (tau of Algorithm 1).
+    Threshold(f64),
+}
+
+/// Where a concept comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Metadata {
+    /// The base model on which the concept was found.
+    pub base: Fingerprint,
+    /// What shutting the neurons does.
+    pub role: Role,
+    /// Where the concept acts by default.
+    pub scope: Scope,
+    /// How the set was found; may be empty, as all texts below.
+    pub method: String,
+    /// The subject's word in prompts, e.g. `<s1>`.
+    pub trigger: String,
+    /// The subject's class, e.g. `dog`.
+    pub class_noun: String,
+    /// The prompts of the search.
+    pub prompts: Vec<String>,
+    /// What bounded the set.
+    pub selection: Option<Selection>,
+    /// Steps of the search.
+    pub steps: Option<u64>,
+    /// Seed of the search.
+    pub seed: Option<u64>,
+    /// A name for people.
+    pub title: String,
+    /// ModelSpec architecture, e.g. `stable-diffusion-v1/concept-neurons`.
+    pub architecture: String,
+    /// ISO 8601.
+    pub date: String,
+    /// All other keys, e.g. `modelspec.author`. Keys of the fields above are ignored here.
+    pub other: BTreeMap<String, String>,
+}
+
+impl Metadata {
+    /// Metadata of an implanting, global concept that was made today.
+    pub fn new(base: Fingerprint, title: impl Into<String>, architecture: impl Into<String>) -> Self {
+        Self {
+            base,
+            role: Role::Implant,
+            scope: Scope::Global,
+            method: String::new(),
+            trigger: String::new(),
+            class_noun: String::new(),
+            prompts: Vec::new(),
+            selection: None,
+            steps: None,
+            seed: None,
+            title: title.into(),
+            architecture: architecture.into(),
+            date: today(),
+            other: BTreeMap::new(),
+        }
+    }
+
+    /// All keys and values as they stand in a file, without the hash of the data.
+    pub fn entries(&self) -> BTreeMap<String, String> {
+        let mut entries = self.other.clone();
+        let mut set = |key: &str, value: String| entries.insert(key.to_string(), value);
+        set(FORMAT, FORMAT_VERSION.into());
+        set(BASE, self.base.to_string());
+        set(
+            ROLE,
+            match self.role {
+                Role::Implant => "implant",
+                Role::Erase => "erase",
+            }
+            .into(),
+        );
+        set(VALUES, "none".into());
+        set(
+            SCOPE,
+            match self.scope {
+                Scope::Global => "global",
+                Scope::Local => "local",
+            }
+            .into(),
+        );
+        set(SPEC, "1.0.1".into());
+        set(ARCHITECTURE, self.architecture.clone());
+        set(IMPLEMENTATION, "macula".into());
+        set(TITLE, self.title.clone());
+        for (key, text) in
+            [(METHOD, &self.method), (TRIGGER, &self.trigger), (CLASS_NOUN, &self.class_noun), (DATE, &self.date)]
+        {
+            if !text.is_empty() {
+                set(key, text.clone());
+            }
+        }
+        if !self.trigger.is_empty() {
+            set(TRIGGER_PHRASE, format!("{} {}", self.trigger, self.class_noun).trim_end().to_string());
+        }
+        if !self.prompts.is_empty() {
+            set(PROMPTS, serde_json::Value::from(self.prompts.clone()).to_string());
+        }
+        match self.selection {
+            Some(Selection::Budget(budget)) => _ = set(BUDGET, budget.to_string()),
+            Some(Selection::Threshold(threshold)) => _ = set(THRESHOLD, threshold.to_string()),
+            None => {}
+        }
+        for (key, number) in [(STEPS, self.steps), (SEED, self.seed)] {
+            if let Some(number) = number {
+                set(key, number.to_string());
+            }
+        }
+        entries
+    }
+
+    /// Reads what [`Metadata::entries`] gives.
+    fn from_entries(mut entries: BTreeMap<String, String>) -> Result<Self> {
+        let mut take = |key: &str| entries.remove(key);
+        let required = |key: &str, value: Option<String>| {
+            value.ok_or_else(|| Error::invalid_file(format!("the metadata lacks {key}")))
+        };
+        let unknown = |key: &str, value: &str| Error::invalid_file(format!("{key} is {value:?}, which is not known"));
+        take(FORMAT);
+        match required(VALUES, take(VALUES))?.as_str() {
+            "none" => {}
+            values => {
+                return Err(Error::unsupported(format!(
+                    "the concept has tuned values ({VALUES} is {values:?}); this version reads sets without values"
+                )));
+            }
+        }
+        for key in [SPEC, IMPLEMENTATION] {
+            required(key, take(key))?;
+        }
+        take(TRIGGER_PHRASE);
+        let base = required(BASE, take(BASE))?;
+        let role = match required(ROLE, take(ROLE))?.as_str() {
+            "implant" => Role::Implant,
+            "erase" => Role::Erase,
+            role => return Err(unknown(ROLE, role)),
+        };
+        let scope = match take(SCOPE).as_deref() {
+            Some("global") | None => Scope::Global,
+            Some("local") => Scope::Local,
+            Some(scope) => return Err(unknown(SCOPE, scope)),
+        };
+        let selection = match (take(BUDGET), take(THRESHOLD)) {
+            (Some(_), Some(_)) => {
+                return Err(Error::invalid_file(format!("{BUDGET} and {THRESHOLD} exclude each other")));
+            }
+            (Some(budget), None) => Some(Selection::Budget(number(BUDGET, &budget, |b| (0.0..=1.0).contains(b))?)),
+            (None, Some(threshold)) => {
+                Some(Selection::Threshold(number(THRESHOLD, &threshold, |t: &f64| t.is_finite())?))
+            }
+            (None, None) => None,
+        };
+        let prompts = match take(PROMPTS) {
+            Some(prompts) => serde_json::from_str(&prompts).map_err(|error| {
+                Error::invalid_file(format!("{PROMPTS} is not a JSON array of strings")).caused_by(error)
+            })?,
+            None => Vec::new(),
+        };
+        let count = |key: &str, value: Option<String>| value.map(|value| number(key, &value, |_| true)).transpose();
+        Ok(Self {
+            base: base.parse().map_err(|error: Error| Error::invalid_file(error.message()).at(BASE))?,
+            role,
+            scope,
+            method: take(METHOD).unwrap_or_default(),
+            trigger: take(TRIGGER).unwrap_or_default(),
+            class_noun: take(CLASS_NOUN).unwrap_or_default(),
+            prompts,
+            selection,
+            steps: count(STEPS, take(STEPS))?,
+            seed: count(SEED, take(SEED))?,
+            title: required(TITLE, take(TITLE))?,
+            architecture: required(ARCHITECTURE, take(ARCHITECTURE))?,
+            date: take(DATE).unwrap_or_default(),
+            other: entries,
+        })
+    }
+}
+
+fn number<T: std::str::FromStr>(key: &str, value: &str, valid: impl Fn(&T) -> bool) -> Result<T> {
+    value
+        .parse()
+        .ok()
+        .filter(valid)
+        .ok_or_else(|| Error::invalid_file(format!("{key} is {value:?}, which is not a number in its range")))
+}
+
+/// The date in UTC as ISO 8601; empty if the clock stands before 1970.
+fn today() -> String {
+    let Ok(since) = SystemTime::now().duration_since(UNIX_EPOCH) else { return String::new() };
+    // Days to civil date in the proleptic Gregorian calendar, years beginning in March, eras of 400 years.
+    let days = since.as_secs() / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+/// A set of neurons and where it comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Concept {
+    /// Where it comes from.
+    pub metadata: Metadata,
+    /// The neurons.
+    pub neurons: NeuronSet,
+}
+
+impl Concept {
+    /// Reads a concept file into owned memory; the file is not kept open.
+    ///
+    /// Errors: `NotFound`, `Io`; `InvalidFile` if it is damaged, truncated or not a concept file; `Unsupported` if its
+    /// format is newer; `LimitExceeded`; `OutOfMemory`.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        read(path).and_then(|bytes| Self::from_bytes(&bytes)).map_err(|error| error.at(path.display()))
+    }
+
+    /// Reads the content of a concept file. Errors as [`Concept::load`].
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let (header, data) = split(bytes)?;
+        let mut entries = header.metadata.0;
+        match entries.get(FORMAT).map(String::as_str) {
+            Some(FORMAT_VERSION) => {}
+            Some(version) => {
+                return Err(Error::unsupported(format!(
+                    "the concept file has format {version:?}; this version reads format {FORMAT_VERSION}"
+                )));
+            }
+            None => return Err(foreign(&header.tensors)),
+        }
+        let hash = entries.remove(HASH).ok_or_else(|| Error::invalid_file(format!("the metadata lacks {HASH}")))?;
+        let metadata = Metadata::from_entries(entries)?;
+        check_tensors(&header.tensors, data.len())?;
+        if hash != sha256(data) {
+            return Err(Error::invalid_file(format!(
+                "the file is damaged: its data has the hash {}, its header says {hash}",
+                sha256(data)
+            )));
+        }
+        let tensors =
+            SafeTensors::deserialize(bytes).map_err(|error| Error::invalid_file(error.to_string()).caused_by(error))?;
+        let mut layers = Vec::new();
+        let mut weights = 0;
+        for (name, tensor) in tensors.iter() {
+            let layer = || {
+                let path = name.strip_suffix(TENSOR_SUFFIX).unwrap_or(name);
+                if tensor.dtype() != Dtype::U8 {
+                    return Err(Error::invalid_file(format!("a payload is of U8, not {:?}", tensor.dtype())));
+                }
+                weights += u64::from(codec::header(tensor.data())?.weights);
+                if weights > MAX_FILE_WEIGHTS {
+                    return Err(Error::limit_exceeded(format!(
+                        "the projections have more than {MAX_FILE_WEIGHTS} weights together"
+                    )));
+                }
+                let (header, indices) = codec::decode(tensor.data())?;
+                Layer::new(path, header.out_features, header.in_features, indices)
+                    .map_err(|error| Error::invalid_file(error.message()))
+            };
+            layers.push({ layer }().map_err(|error: Error| error.at(format_args!("tensor {name:?}")))?);
+        }
+        Ok(Self { metadata, neurons: NeuronSet::new(layers)? })
+    }
+
+    /// The content of the concept file; the same concept always gives the same bytes.
+    ///
+    /// Errors: `LimitExceeded` if the metadata does not fit in a header; `OutOfMemory`.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut tensors = Vec::new();
+        let mut data = Vec::new();
+        for layer in self.neurons.layers() {
+            let payload = codec::encode(layer.out_features(), layer.in_features(), layer.indices())?;
+            data.try_reserve(payload.len())?;
+            data.extend_from_slice(&payload);
+            let name = serde_json::Value::from(format!("{}{TENSOR_SUFFIX}", layer.path()));
+            let [bytes, end] = [payload.len(), data.len()];
+            let begin = end - bytes;
+            tensors.push(format!(r#"{name}:{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{begin},{end}]}}"#));
+        }
+        let mut entries = self.metadata.entries();
+        entries.insert(HASH.into(), sha256(&data));
+        let mut bytes = vec![0; 8];
+        let written = (|| {
+            write!(bytes, "{{\"__metadata__\":")?;
+            serde_json::to_writer(&mut bytes, &entries)?;
+            for tensor in &tensors {
+                write!(bytes, ",{tensor}")?;
+            }
+            write!(bytes, "}}")
+        })();
+        written.map_err(|error: std::io::Error| Error::io("writing the header", error))?;
+        bytes.resize(bytes.len().next_multiple_of(8), b' ');
+        let header_bytes = bytes.len() as u64 - 8;
+        if header_bytes > MAX_HEADER_BYTES {
+            return Err(Error::limit_exceeded(format!(
+                "the header would have {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+            )));
+        }
+        bytes[..8].copy_from_slice(&header_bytes.to_le_bytes());
+        bytes.try_reserve(data.len())?;
+        bytes.extend_from_slice(&data);
+        Ok(bytes)
+    }
+
+    /// Writes a concept file: to a temporary file beside it, synchronised, then renamed. On failure what was at `path`
+    /// stays as it was.
+    ///
+    /// Errors: as [`Concept::to_bytes`]; `NotFound` or `Io`.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let bytes = self.to_bytes()?;
+        replace(path, &bytes).map_err(|error| Error::io(path.display(), error))
+    }
+}
+
+fn sha256(data: &[u8]) -> String {
+    Sha256::digest(data).iter().fold("0x".to_string(), |text, byte| format!("{text}{byte:02x}"))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let io = |error| Error::io("reading the concept file", error);
+    // Asked before opening: opening a pipe would wait for its writer.
+    let about = fs::metadata(path).map_err(io)?;
+    if !about.is_file() {
+        return Err(Error::invalid_file("not a regular file"));
+    }
+    let too_large = || Error::limit_exceeded(format!("a concept file has at most {MAX_FILE_BYTES} bytes"));
+    if about.len() > MAX_FILE_BYTES {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(about.len() as usize)?;
+    File::open(path).map_err(io)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES { Err(too_large()) } else { Ok(bytes) }
+}
+
+fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let Some(name) = path.file_name() else {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the path names no file"));
+    };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut temporary = std::ffi::OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{}-{}.tmp", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+    let temporary = folder.join(temporary);
+    let written = (|| {
+        let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        _ = fs::remove_file(&temporary);
+    }
+    written?;
+    // The rename itself is on the disk once the folder is; some file systems cannot synchronise folders.
+    _ = File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tensor {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
+}
+
+/// A JSON object of strings that names no key twice.
+#[derive(Default)]
+struct Texts(BTreeMap<String, String>);
+
+#[derive(Default)]
+struct Header {
+    metadata: Texts,
+    tensors: HashMap<String, Tensor>,
+}
+
+fn twice<E: serde::de::Error>(key: &str) -> E {
+    E::custom(format_args!("key {key:?} comes twice"))
+}
+
+impl<'de> Deserialize<'de> for Texts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Texts;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Texts, A::Error> {
+                let mut entries = BTreeMap::new();
+                while let Some((key, value)) = map.next_entry::<String, String>()? {
+                    if entries.contains_key(&key) {
+                        return Err(twice(&key));
+                    }
+                    entries.insert(key, value);
+                }
+                Ok(Texts(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a safetensors header")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut header = Header::default();
+                let mut metadata = None;
+                while let Some(key) = map.next_key::<String>()? {
+                    if key == "__metadata__" {
+                        if metadata.replace(map.next_value()?).is_some() {
+                            return Err(twice(&key));
+                        }
+                    } else {
+                        if header.tensors.contains_key(&key) {
+                            return Err(twice(&key));
+                        }
+                        let tensor = map.next_value()?;
+                        header.tensors.insert(key, tensor);
+                    }
+                }
+                header.metadata = metadata.unwrap_or_default();
+                Ok(header)
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// Parts a file into its header and its data.
+fn split(bytes: &[u8]) -> Result<(Header, &[u8])> {
+    let not_safetensors = |what: String| Error::invalid_file(format!("not a whole safetensors file: {what}"));
+    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(not_safetensors(format!("it has {} bytes", bytes.len())));
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > rest.len() as u64 {
+        return Err(not_safetensors(format!("its header would take {length} bytes of {}", rest.len())));
+    }
+    if length > MAX_HEADER_BYTES {
+        return Err(Error::limit_exceeded(format!("a header of {length} bytes is above {MAX_HEADER_BYTES}")));
+    }
+    let (header, data) = rest.split_at(length as usize);
+    if header.first() != Some(&b'{') {
+        return Err(not_safetensors("its header is not a JSON object".into()));
+    }
+    let header = serde_json::from_slice(header)
+        .map_err(|error| Error::invalid_file(format!("the safetensors header is wrong: {error}")).caused_by(error))?;
+    Ok((header, data))
+}
+
+/// Names are ours, and offsets cover the data without gap or overlap.
+fn check_tensors(tensors: &HashMap<String, Tensor>, data_bytes: usize) -> Result<()> {
+    let mut in_order: Vec<(&String, &Tensor)> = tensors.iter().collect();
+    in_order.sort_by_key(|(name, tensor)| (tensor.data_offsets, name.as_str()));
+    let mut next = 0;
+    for (name, tensor) in in_order {
+        let wrong = |what: String| Err(Error::invalid_file(format!("tensor {name:?} {what}")));
+        if name.strip_suffix(TENSOR_SUFFIX).is_none_or(str::is_empty) {
+            return wrong(format!("is not named by a module path and {TENSOR_SUFFIX:?}"));
+        }
+        let (begin, end) = tensor.data_offsets;
+        if begin != next || end < begin {
+            return wrong(format!("lies at {begin}..{end}, but the tensor before it ends at {next}"));
+        }
+        if tensor.dtype != "U8" || tensor.shape != [end - begin] {
+            return wrong(format!("is {} {:?}, not U8 [{}]", tensor.dtype, tensor.shape, end - begin));
+        }
+        next = end;
+    }
+    if next != data_bytes as u64 {
+        return Err(Error::invalid_file(format!("the tensors end at {next}, but the data has {data_bytes} bytes")));
+    }
+    Ok(())
+}
+
+/// The error for a safetensors file that is no concept file.
+fn foreign(tensors: &HashMap<String, Tensor>) -> Error {
+    let has = |part: &str| tensors.keys().any(|name| name.contains(part));
+    let guess = if has("lora_down") || has("lora_A") || has("lora_up") {
+        "; it looks like a LoRA"
+    } else if has("attn2.to_k.weight") || has("model.diffusion_model.") {
+        "; it looks like a whole model"
+    } else {
+        ""
+    };
+    let example = tensors.keys().min().map(|name| format!(", for example {name:?}")).unwrap_or_default();
+    Error::invalid_file(format!(
+        "a safetensors file, but not a concept file: its metadata lacks {FORMAT}, it holds {} tensors{example}{guess}",
+        tensors.len()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn today_is_a_date_of_this_century() {
+        let date = today();
+        assert_eq!(date.len(), 10);
+        assert!(("2025-01-01".to_string().."2100-01-01".to_string()).contains(&date));
+    }
+}
