@@ -4,11 +4,9 @@
 //! decoder reads nothing outside its payload and allocates at most 32 times its length, or a bitmap of the claimed
 //! weights where the complement is coded.
 //!
-//! The bytes are described in [`super::file`].
-//!
-//! With `r = 0` the unary stream is the bitmap itself. For random sets this takes 1.00 to 1.05 times the entropy bound at every density. Since all gaps' low bits have one
-//! length and position `p` of the `i`-th one gives `sum of gap >> r = p - i`, both streams are read without
-//! serial dependence on bit lengths.
+//! The bytes are described in [`super::file`]. With `r = 0` the unary stream is the bitmap itself. A random set takes 1.00
+//! to 1.05 times its entropy bound at every density. All low parts have one length, and the position `p` of the `i`-th one
+//! gives `p - i` as the sum of all high parts so far: a decoder reads both streams without waiting on bit lengths.
 
 use super::set::{Indices, is_dense, projection_weights, zeroed};
 use crate::error::{Error, Result};

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use half::f16;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
@@ -63,27 +64,25 @@ impl FromStr for Fingerprint {
 
 /// Hashes weights in the order of [`Fingerprint`].
 #[derive(Default)]
-pub(super) struct Hasher {
-    sha256: Sha256,
-    block: Vec<u8>,
-}
+pub(super) struct Hasher(Sha256);
 
 impl Hasher {
-    /// Adds the next weights.
-    pub fn update(&mut self, weights: impl Iterator<Item = half::f16>) {
-        const BLOCK_BYTES: usize = 1 << 16;
-        for weight in weights {
-            self.block.extend_from_slice(&weight.to_le_bytes());
-            if self.block.len() >= BLOCK_BYTES {
-                self.sha256.update(&self.block);
-                self.block.clear();
+    /// Adds the next `weights` weights; `round` fills a block with those from an index on.
+    pub fn update(&mut self, weights: usize, round: impl Fn(usize, &mut [f16])) {
+        const BLOCK: usize = 1 << 14;
+        let mut block = [f16::ZERO; BLOCK];
+        for start in (0..weights).step_by(BLOCK) {
+            let block = &mut block[..BLOCK.min(weights - start)];
+            round(start, block);
+            if cfg!(target_endian = "big") {
+                block.iter_mut().for_each(|weight| *weight = f16::from_bits(weight.to_bits().swap_bytes()));
             }
+            self.0.update(bytemuck::cast_slice::<f16, u8>(block));
         }
     }
 
-    pub fn finish(mut self) -> Fingerprint {
-        self.sha256.update(&self.block);
-        Fingerprint(self.sha256.finalize().into())
+    pub fn finish(self) -> Fingerprint {
+        Fingerprint(self.0.finalize().into())
     }
 }
 
@@ -94,7 +93,10 @@ mod tests {
     #[test]
     fn the_text_form_comes_back() {
         let mut hasher = Hasher::default();
-        hasher.update([1.0, -2.5].into_iter().map(half::f16::from_f32));
+        hasher.update(2, |start, block| {
+            assert_eq!(start, 0);
+            block.copy_from_slice(&[f16::from_f32(1.0), f16::from_f32(-2.5)]);
+        });
         let fingerprint = hasher.finish();
         // Python: hashlib.sha256(np.array([1, -2.5], "<f2").tobytes()).hexdigest()
         assert_eq!(fingerprint.to_string(), "0f702c29c88833a1a5f7a6466482f40033d17838a4e396e06af33f058def189a");

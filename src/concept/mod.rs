@@ -7,12 +7,17 @@
 //! number of concepts ([`Composition`]). It knows models as data only: no ONNX Runtime, no diffusion.
 
 mod codec;
+mod compose;
 mod file;
 mod fingerprint;
+mod kernel;
+mod projections;
 mod set;
 
+pub use compose::{Composition, GatheredConcept, Held, Output, Rows};
 pub use file::{
     Concept, FORMAT_VERSION, MAX_FILE_BYTES, MAX_FILE_WEIGHTS, MAX_HEADER_BYTES, Metadata, Role, Scope, Selection,
 };
 pub use fingerprint::Fingerprint;
+pub use projections::{KeysValues, ProjectionWeights, Projections, Weights};
 pub use set::{Indices, Layer, MAX_IN_FEATURES, MAX_PROJECTION_WEIGHTS, NeuronSet, Overlap, Shared};

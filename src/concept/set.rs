@@ -153,7 +153,7 @@ impl Indices {
         let mut words = zeroed::<u64>((self.weights as usize).div_ceil(64))?;
         words.fill(u64::MAX);
         if let Some(last) = words.last_mut()
-            && self.weights % 64 != 0
+            && !self.weights.is_multiple_of(64)
         {
             *last = (1 << (self.weights % 64)) - 1;
         }

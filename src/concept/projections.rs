@@ -1,0 +1,281 @@
+//! A base model's cross-attention K and V weights, pristine, held once; and what a prompt makes of them.
+//!
+//! It knows no ONNX Runtime and no concept; nothing here is ever changed after it is built.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use super::fingerprint::{Fingerprint, Hasher};
+use super::kernel::Panel;
+use super::set::{projection_weights, zeroed};
+use crate::error::{Error, Result};
+
+/// Weights in the type in which a model stores them.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Weights {
+    /// IEEE single precision.
+    F32(Vec<f32>),
+    /// IEEE half precision.
+    F16(Vec<f16>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
+}
+
+impl Weights {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(weights) => weights.len(),
+            Self::F16(weights) => weights.len(),
+            Self::Bf16(weights) => weights.len(),
+        }
+    }
+
+    fn memory_bytes(&self) -> usize {
+        match self {
+            Self::F32(weights) => size_of_val(weights.as_slice()),
+            Self::F16(weights) => size_of_val(weights.as_slice()),
+            Self::Bf16(weights) => size_of_val(weights.as_slice()),
+        }
+    }
+
+    /// The weights of a range as f32, in `scratch` where they are stored otherwise.
+    fn widen<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        scratch.resize(range.len(), 0.0);
+        match self {
+            Self::F32(weights) => return &weights[range],
+            Self::F16(weights) => weights[range].convert_to_f32_slice(scratch),
+            Self::Bf16(weights) => weights[range].convert_to_f32_slice(scratch),
+        }
+        scratch
+    }
+
+    /// Fills `to` with the weights from an index on, rounded to float16.
+    fn round(&self, start: usize, to: &mut [f16]) {
+        let range = start..start + to.len();
+        match self {
+            Self::F32(weights) => to.convert_from_f32_slice(&weights[range]),
+            Self::F16(weights) => to.copy_from_slice(&weights[range]),
+            Self::Bf16(weights) => {
+                to.iter_mut().zip(&weights[range]).for_each(|(to, from)| *to = f16::from_f32(from.to_f32()));
+            }
+        }
+    }
+
+    /// The weight at an index, as f32: exact for every stored type.
+    #[inline]
+    pub(super) fn get(&self, index: usize) -> f32 {
+        match self {
+            Self::F32(weights) => weights[index],
+            Self::F16(weights) => weights[index].to_f32(),
+            Self::Bf16(weights) => weights[index].to_f32(),
+        }
+    }
+}
+
+/// One K or V projection, `y = x W^T + b`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProjectionWeights {
+    /// The diffusers module path, e.g. `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`.
+    pub path: String,
+    /// Rows of the weight.
+    pub out_features: usize,
+    /// Columns of the weight: the width of the text encoding.
+    pub in_features: usize,
+    /// `W`, laid out `[out, in]`.
+    pub weights: Weights,
+    /// `b`, of `out` numbers.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The K and V projections of a base model, in byte-wise order of their module paths.
+#[derive(Debug)]
+pub struct Projections {
+    /// Differs between any two bases and prompts of this process.
+    pub(super) id: u64,
+    projections: Vec<ProjectionWeights>,
+    in_features: usize,
+    fingerprint: OnceLock<Fingerprint>,
+}
+
+impl Projections {
+    /// Holds these projections.
+    ///
+    /// Errors: `InvalidArgument` if there is none, if a path comes twice, or if a size does not fit; `Unsupported` if the
+    /// projections do not all take the same text encoding.
+    pub fn new(mut projections: Vec<ProjectionWeights>) -> Result<Self> {
+        projections.sort_by(|a, b| a.path.cmp(&b.path));
+        let Some(in_features) = projections.first().map(|first| first.in_features) else {
+            return Err(Error::invalid_argument("a base model needs at least one K or V projection"));
+        };
+        if let Some(pair) = projections.windows(2).find(|pair| pair[0].path == pair[1].path) {
+            return Err(Error::invalid_argument(format!("projection {} comes twice", pair[0].path)));
+        }
+        for projection in &projections {
+            let ProjectionWeights { path, out_features, weights, bias, .. } = projection;
+            let expected = projection_weights(*out_features, projection.in_features).map_err(|error| error.at(path))?;
+            if weights.len() != expected as usize || bias.as_ref().is_some_and(|bias| bias.len() != *out_features) {
+                return Err(Error::invalid_argument(format!(
+                    "{path}: {} weights and {:?} biases are not those of {out_features} x {} features",
+                    weights.len(),
+                    bias.as_ref().map(Vec::len),
+                    projection.in_features
+                )));
+            }
+            if projection.in_features != in_features {
+                return Err(Error::unsupported(format!(
+                    "{path} takes {} features, other projections take {in_features}",
+                    projection.in_features
+                )));
+            }
+        }
+        Ok(Self { id: next_id(), projections, in_features, fingerprint: OnceLock::new() })
+    }
+
+    /// The projections, in byte-wise order of their module paths.
+    pub fn as_slice(&self) -> &[ProjectionWeights] {
+        &self.projections
+    }
+
+    /// The place of a module path in [`Projections::as_slice`].
+    pub fn position(&self, path: &str) -> Option<usize> {
+        self.projections.binary_search_by(|projection| projection.path.as_str().cmp(path)).ok()
+    }
+
+    /// The width of the text encoding.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Which base model this is; computed when it is first asked for.
+    pub fn fingerprint(&self) -> Fingerprint {
+        *self.fingerprint.get_or_init(|| {
+            let mut hasher = Hasher::default();
+            for projection in &self.projections {
+                let weights = &projection.weights;
+                hasher.update(weights.len(), |start, block| weights.round(start, block));
+            }
+            hasher.finish()
+        })
+    }
+
+    /// Bytes held for the weights.
+    pub fn memory_bytes(&self) -> usize {
+        self.projections.iter().map(|projection| projection.weights.memory_bytes()).sum()
+    }
+
+    /// Computes the base keys and values of a text encoding `context`, laid out `[batch, tokens, in]`.
+    ///
+    /// The result does not depend on the number of threads. Errors: `InvalidArgument` if the sizes disagree;
+    /// `OutOfMemory`.
+    pub fn keys_values(&self, context: &[f32], batch: usize, tokens: usize, pool: &ThreadPool) -> Result<KeysValues> {
+        const COLUMNS: usize = 64;
+        let rows = batch.checked_mul(tokens).filter(|&rows| rows > 0 && u32::try_from(rows).is_ok());
+        let Some(rows) = rows.filter(|rows| rows.checked_mul(self.in_features) == Some(context.len())) else {
+            return Err(Error::invalid_argument(format!(
+                "a text encoding of {} numbers is not [{batch}, {tokens}, {}]",
+                context.len(),
+                self.in_features
+            )));
+        };
+        let mut base = Vec::new();
+        base.try_reserve_exact(self.projections.len())?;
+        for projection in &self.projections {
+            let outputs = rows.checked_mul(projection.out_features);
+            base.push(zeroed::<f32>(outputs.ok_or_else(|| Error::limit_exceeded("the prompt is too long"))?)?);
+        }
+        let inputs = ArrayView2::from_shape((rows, self.in_features), context).map_err(shape)?;
+        let mut outputs = Vec::new();
+        for (projection, base) in self.projections.iter().zip(&mut base) {
+            outputs.push(ArrayViewMut2::from_shape((rows, projection.out_features), base).map_err(shape)?);
+        }
+        let mut tasks = Vec::new();
+        for (projection, output) in self.projections.iter().zip(&mut outputs) {
+            let blocks = output.axis_chunks_iter_mut(Axis(1), COLUMNS).enumerate();
+            tasks.extend(blocks.map(|(block, output)| (projection, COLUMNS * block, output)));
+        }
+        pool.install(|| {
+            tasks.into_par_iter().try_for_each_init(Vec::new, |scratch, (projection, first, mut output)| {
+                let range = first * self.in_features..(first + output.ncols()) * self.in_features;
+                let weights = projection.weights.widen(range, scratch);
+                let weights = ArrayView2::from_shape((output.ncols(), self.in_features), weights).map_err(shape)?;
+                general_mat_mul(1.0, &inputs, &weights.t(), 0.0, &mut output);
+                if let Some(bias) = &projection.bias {
+                    for mut row in output.rows_mut() {
+                        row.iter_mut().zip(&bias[first..]).for_each(|(value, bias)| *value += bias);
+                    }
+                }
+                Ok::<(), Error>(())
+            })
+        })?;
+        let all: Vec<u32> = (0..rows as u32).collect();
+        let panels = Panel::split(context, self.in_features, &all)?;
+        let mut owned = zeroed::<f32>(context.len())?;
+        owned.copy_from_slice(context);
+        Ok(KeysValues {
+            id: next_id(),
+            base_id: self.id,
+            batch,
+            tokens,
+            in_features: self.in_features,
+            context: owned,
+            panels,
+            base,
+        })
+    }
+}
+
+fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn shape(error: ndarray::ShapeError) -> Error {
+    Error::invalid_argument("a size does not fit its numbers").caused_by(error)
+}
+
+/// The base keys and values of one text encoding, and the encoding itself.
+pub struct KeysValues {
+    /// Differs between any two bases and prompts of this process.
+    pub(super) id: u64,
+    /// [`Projections::id`].
+    pub(super) base_id: u64,
+    batch: usize,
+    tokens: usize,
+    pub(super) in_features: usize,
+    pub(super) context: Vec<f32>,
+    /// All rows of the context.
+    pub(super) panels: Vec<Panel>,
+    base: Vec<Vec<f32>>,
+}
+
+impl KeysValues {
+    /// Entries of the batch.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Tokens of each entry.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The base output of each projection, `[batch, tokens, out]`, in the order of [`Projections::as_slice`].
+    pub fn base(&self) -> &[Vec<f32>] {
+        &self.base
+    }
+
+    /// Bytes held.
+    pub fn memory_bytes(&self) -> usize {
+        let floats = |numbers: &Vec<f32>| size_of_val(numbers.as_slice());
+        let panels = self.panels.iter().map(Panel::memory_bytes).sum::<usize>();
+        floats(&self.context) + panels + self.base.iter().map(floats).sum::<usize>()
+    }
+}
