@@ -199,7 +199,7 @@ impl Composition {
         let (groups, touched) = self.groups(prompt)?;
         let known = before.prompt == prompt.id;
         let restore: Vec<u32> = (0..touched.len() as u32)
-            .filter(|&row| !touched[row as usize] && !(known && !before.touched[row as usize]))
+            .filter(|&row| (!known || before.touched[row as usize]) && !touched[row as usize])
             .collect();
         let job = Job { prompt, groups: &groups, restore: &restore, simd: Simd::detect() };
         let mut views = Vec::new();
@@ -710,7 +710,7 @@ mod tests {
         let context = random.numbers(2 * 9 * IN);
         let a = [(random.neurons(0.05), 1.0, Rows::All), (random.neurons(0.05), 0.4, Rows::Only(vec![(1, 3)]))];
         let b = [(random.neurons(0.1), 0.7, Rows::Only(vec![(0, 0), (1, 8)]))];
-        let mut seen: Option<(Vec<Vec<u32>>, Vec<Vec<u32>>)> = None;
+        let mut seen = None;
         for threads in [1, 2, 5] {
             let pool = pool(threads);
             let prompt = base.keys_values(&context, 2, 9, &pool).unwrap();

@@ -176,29 +176,33 @@ unsafe fn strip<V: Vector, const N: usize, const WAYS: usize>(
     // SAFETY: each column's row of `lanes` numbers lies inside the context, and `sums` has N vectors.
     unsafe {
         let mut partial = [[V::splat(0.0); N]; WAYS];
-        let mut columns = columns.chunks_exact(WAYS);
-        let mut values = values.chunks_exact(WAYS);
+        let (mut columns, mut values) = (columns.chunks_exact(WAYS), values.chunks_exact(WAYS));
         for (columns, values) in (&mut columns).zip(&mut values) {
-            for way in 0..WAYS {
-                let row = context.add(usize::from(*columns.get_unchecked(way)) * lanes);
-                let value = V::splat(*values.get_unchecked(way));
-                for n in 0..N {
-                    partial[way][n] = partial[way][n].add_product(value, V::load(row.add(n * V::LANES)));
-                }
+            for ((sums, &column), &value) in partial.iter_mut().zip(columns).zip(values) {
+                add_row(sums, context.add(usize::from(column) * lanes), value);
             }
         }
         for (&column, &value) in columns.remainder().iter().zip(values.remainder()) {
-            let row = context.add(usize::from(column) * lanes);
-            for n in 0..N {
-                partial[0][n] = partial[0][n].add_product(V::splat(value), V::load(row.add(n * V::LANES)));
-            }
+            add_row(&mut partial[0], context.add(usize::from(column) * lanes), value);
         }
         for n in 0..N {
-            let mut sum = partial[0][n];
-            for more in &partial[1..] {
-                sum = sum.add(more[n]);
-            }
-            sum.store(sums.add(n * V::LANES));
+            let total = partial.iter().skip(1).fold(partial[0][n], |total, sums| total.add(sums[n]));
+            total.store(sums.add(n * V::LANES));
+        }
+    }
+}
+
+/// `sums += value * row`.
+///
+/// # Safety
+/// The machine has the instructions of `V`, and `row` is the first of `N * V::LANES` numbers.
+#[inline(always)]
+unsafe fn add_row<V: Vector, const N: usize>(sums: &mut [V; N], row: *const f32, value: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let value = V::splat(value);
+        for (n, sum) in sums.iter_mut().enumerate() {
+            *sum = sum.add_product(value, V::load(row.add(n * V::LANES)));
         }
     }
 }
