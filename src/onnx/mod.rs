@@ -1,5 +1,8 @@
 //! ONNX models as data: read, write, inspect and edit them. This room knows no ONNX Runtime.
 
+pub mod build;
+mod check;
+pub mod edit;
 pub mod external;
 pub mod graph;
 pub mod limits;

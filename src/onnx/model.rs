@@ -7,10 +7,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message;
 
+use super::check;
 use super::external::{self, ExternalFile, ExternalFiles, Roots};
 use super::graph::Topology;
 use super::limits::Limits;
-use super::proto::{GraphProto, ModelProto, TensorProto};
+use super::proto::{GraphProto, ModelProto, OperatorSetIdProto, TensorProto};
 use super::tensor::{self, TensorView};
 use super::walk;
 use crate::error::{Error, Result};
@@ -66,21 +67,43 @@ impl Model {
         let graph = header.graph.take().ok_or_else(|| Error::invalid_file("the model has no graph"))?;
         let mut files = ExternalFiles::default();
         let mut roots = None;
-        walk::each_tensor(&header, &graph, &mut |tensor, place_of| {
-            let bytes = tensor::stored_bytes(tensor).map_err(|error| error.at(place_of))?;
-            if tensor::is_external(tensor) {
-                let (folder, path) = place.ok_or_else(|| {
-                    Error::invalid_argument(format!("{place_of}: has external data, but no folder was given"))
-                })?;
-                let roots = match &mut roots {
-                    Some(roots) => roots,
-                    none => none.insert(Roots::new(folder, path, limits)?),
-                };
-                roots.check(tensor, bytes, &mut files).map_err(|error| error.at(place_of))?;
-            }
-            Ok(())
+        check::model(&header, &graph, limits, &mut |tensor, bytes| {
+            let (folder, path) = place.ok_or_else(|| {
+                Error::invalid_argument("external data, but the model came without a folder to find it in")
+            })?;
+            let roots = match &mut roots {
+                Some(roots) => roots,
+                none => none.insert(Roots::new(folder, path, limits)?),
+            };
+            roots.check(tensor, bytes, &mut files).map(drop)
         })?;
         Ok(Self { header, graph, files, limits: Arc::new(limits.clone()) })
+    }
+
+    /// A model of one graph, with the operator sets that it uses; `""` is the standard one.
+    pub fn new(graph: GraphProto, opsets: &[(&str, i64)], limits: &Limits) -> Result<Self> {
+        let opset = |&(domain, version): &(&str, i64)| OperatorSetIdProto {
+            domain: Some(domain.into()),
+            version: Some(version),
+        };
+        // The first format versions that allow the operator sets in use: 10 up to set 22, 11 from 23 on.
+        let newest = opsets.iter().filter(|(domain, _)| domain.is_empty()).any(|&(_, version)| version >= 23);
+        let header = ModelProto {
+            ir_version: Some(if newest { 11 } else { 10 }),
+            producer_name: Some("macula".into()),
+            opset_import: opsets.iter().map(opset).collect(),
+            ..ModelProto::default()
+        };
+        let model = Self { header, graph, files: ExternalFiles::default(), limits: Arc::new(limits.clone()) };
+        model.check()?;
+        Ok(model)
+    }
+
+    /// Whether the model keeps the rules and its limits: see the errors of [`Model::open`]. Reads no weights.
+    pub fn check(&self) -> Result<()> {
+        check::model(&self.header, &self.graph, &self.limits, &mut |tensor, bytes| {
+            self.files.of(tensor, bytes).map(drop)
+        })
     }
 
     /// The graph.
