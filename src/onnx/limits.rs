@@ -33,10 +33,10 @@ pub struct Limits {
     /// Bytes of a value's, node's or operator's name. Default 4,096.
     pub name_bytes: usize,
     /// Bytes that decoded messages may take beyond the file, without the contents of tensors and texts: a floor, to
-    /// which [`Limits::expansion`] times the file's size is added. Default 16 MiB.
+    /// which [`Limits::expansion`] times the file's size is added. Default 32 MiB.
     pub structure_bytes: u64,
-    /// How many times the size of the file (tensors not counted) decoded messages may take. Default 24; real models
-    /// take 3 to 10.
+    /// How many times the size of the file (tensors not counted) decoded messages may take. Default 16; large real
+    /// models take 2 to 10.
     pub expansion: u64,
     /// Bytes that all values which follow from constants alone may take, because ONNX Runtime computes them while it
     /// creates a session: the budget for shapes. The model's own constants are not counted. Default 32 MiB, or twice
@@ -64,8 +64,8 @@ impl Default for Limits {
             subgraph_depth: 16,
             rank: 8,
             name_bytes: 4_096,
-            structure_bytes: 16 << 20,
-            expansion: 24,
+            structure_bytes: 32 << 20,
+            expansion: 16,
             folded_bytes: 32 << 20,
             extra_roots: Vec::new(),
             hard_links: false,

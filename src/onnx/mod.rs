@@ -9,9 +9,12 @@ pub mod limits;
 pub mod model;
 #[allow(missing_docs, clippy::all)]
 pub mod proto;
+pub mod save;
 pub mod tensor;
 mod walk;
+mod wire;
 
 pub use limits::Limits;
 pub use model::Model;
+pub use save::{SaveOptions, Weights};
 pub use tensor::DataType;

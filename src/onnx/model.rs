@@ -14,6 +14,7 @@ use super::limits::Limits;
 use super::proto::{GraphProto, ModelProto, OperatorSetIdProto, TensorProto};
 use super::tensor::{self, TensorView};
 use super::walk;
+use super::wire;
 use crate::error::{Error, Result};
 
 /// An ONNX model. Cloning shares raw weights.
@@ -62,6 +63,7 @@ impl Model {
     }
 
     fn decode(data: Bytes, place: Option<(&Path, Option<&Path>)>, limits: &Limits) -> Result<Self> {
+        wire::check(&data, limits)?;
         let mut header = ModelProto::decode(data)
             .map_err(|error| Error::invalid_file(format!("not an ONNX model: {error}")).caused_by(error))?;
         let graph = header.graph.take().ok_or_else(|| Error::invalid_file("the model has no graph"))?;
@@ -77,6 +79,9 @@ impl Model {
             };
             roots.check(tensor, bytes, &mut files).map(drop)
         })?;
+        // One form of data for all that follows, and one that is shared when the graph is copied.
+        let (mut header, mut graph) = (header, graph);
+        walk::each_tensor_mut(&mut header, &mut graph, &mut tensor::gather_raw)?;
         Ok(Self { header, graph, files, limits: Arc::new(limits.clone()) })
     }
 

@@ -249,6 +249,9 @@ pub(super) fn stored_bytes(proto: &TensorProto) -> Result<u64> {
     let name = proto.name();
     let invalid = |what: String| Err(Error::invalid_file(format!("tensor {name:?}: {what}")));
     let data_type = data_type_of(proto)?;
+    if data_type != DataType::String && data_type.bits().is_none() {
+        return Err(Error::unsupported(format!("tensor {name:?}: elements of type {}", data_type.as_str_name())));
+    }
     if proto.segment.is_some() {
         return Err(Error::unsupported(format!("tensor {name:?}: stored in segments")));
     }
@@ -308,6 +311,24 @@ pub(super) fn stored_bytes(proto: &TensorProto) -> Result<u64> {
         ));
     }
     Ok(bytes)
+}
+
+/// Moves the elements of typed fields to raw data.
+pub(super) fn gather_raw(proto: &mut TensorProto) -> Result<()> {
+    let data_type = data_type_of(proto)?;
+    if is_external(proto) || proto.raw_data.is_some() || data_type == DataType::String {
+        return Ok(());
+    }
+    let mut data = Vec::new();
+    data.try_reserve_exact(usize::try_from(stored_bytes(proto)?).unwrap_or(usize::MAX))?;
+    write_typed_fields(proto, data_type, &mut data)?;
+    proto.float_data = Vec::new();
+    proto.int32_data = Vec::new();
+    proto.int64_data = Vec::new();
+    proto.double_data = Vec::new();
+    proto.uint64_data = Vec::new();
+    proto.raw_data = Some(data.into());
+    Ok(())
 }
 
 /// The typed field that holds a type's elements if raw data does not, and how many entries it has.
