@@ -7,17 +7,25 @@ use ort::sys;
 
 use crate::error::{Error, Result, Status};
 
-/// The version of the table that every call here uses. A library with this minor version or a later one has it.
-pub(super) const API_VERSION: u32 = sys::ORT_API_VERSION;
+/// The version of the table that is needed, and the least minor version of the library. Entries of later versions are
+/// used only after a look at the library's version.
+pub(super) const API_VERSION: u32 = 20;
 
 /// The table of the one ONNX Runtime of this process.
+///
+/// A pointer, not a reference: the table of an older library ends before the last field of this type.
 #[derive(Clone, Copy)]
-pub(super) struct Api(pub(super) &'static sys::OrtApi);
+pub(super) struct Api(pub(super) *const sys::OrtApi);
+
+// SAFETY: a constant table of functions that may be called from any thread.
+unsafe impl Send for Api {}
+// SAFETY: as above.
+unsafe impl Sync for Api {}
 
 /// Calls a function of the table that reports a status: `call!(api, CreateEnv(level, name, &mut env))`.
 macro_rules! call {
     ($api:expr, $function:ident($($argument:expr),* $(,)?)) => {
-        $api.check(($api.0.$function)($($argument),*))
+        $api.check(((*$api.0).$function)($($argument),*))
     };
 }
 pub(super) use call;
@@ -33,13 +41,13 @@ impl Api {
             std::mem::transmute::<
                 unsafe extern "system" fn(*const sys::OrtStatus) -> sys::OrtErrorCode,
                 unsafe extern "system" fn(*const sys::OrtStatus) -> i32,
-            >(self.0.GetErrorCode)
+            >((*self.0).GetErrorCode)
         };
         // SAFETY: the status is ours, not NULL, and is released only after its text was copied.
         let (code, message) = unsafe {
             let code = code_of(status.0);
-            let message = text((self.0.GetErrorMessage)(status.0));
-            (self.0.ReleaseStatus)(status.0);
+            let message = text(((*self.0).GetErrorMessage)(status.0));
+            ((*self.0).ReleaseStatus)(status.0);
             (code, message)
         };
         Err(Error::new(kind(code, &message), format!("ONNX Runtime: {} (code {code})", message.trim_end())))

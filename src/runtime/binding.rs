@@ -42,7 +42,7 @@ unsafe impl Sync for Binding {}
 impl Drop for Binding {
     fn drop(&mut self) {
         // SAFETY: ours, released once, before the tensors and the session.
-        unsafe { (self.inner.loaded.api.0.ReleaseIoBinding)(self.pointer.as_ptr()) }
+        unsafe { ((*self.inner.loaded.api.0).ReleaseIoBinding)(self.pointer.as_ptr()) }
     }
 }
 

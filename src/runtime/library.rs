@@ -7,6 +7,7 @@ use std::ffi::{c_char, c_void};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use ort::sys;
 use parking_lot::Mutex;
@@ -32,6 +33,31 @@ pub struct RuntimeOptions {
     pub api_base: Option<ApiBase>,
     /// The library, or a folder that holds it.
     pub library: Option<PathBuf>,
+    /// Where messages about the sessions of this [`super::Runtime`] go; `None` sends them to the `log` crate, where
+    /// those about the library as a whole always go.
+    pub log: Option<LogSink>,
+}
+
+/// Takes messages of ONNX Runtime, from any thread.
+#[derive(Clone)]
+pub struct LogSink(Arc<dyn Fn(log::Level, &str) + Send + Sync>);
+
+impl LogSink {
+    /// Calls `sink` for each message of level [`log::Level::Warn`] and above.
+    pub fn new(sink: impl Fn(log::Level, &str) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(sink))
+    }
+
+    /// The function and the parameter for ONNX Runtime; the parameter is valid while `self` stays where it is.
+    pub(super) fn raw(&self) -> (sys::OrtLoggingFunction, *mut c_void) {
+        (logging_function(), std::ptr::from_ref(self).cast_mut().cast())
+    }
+}
+
+impl std::fmt::Debug for LogSink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LogSink")
+    }
 }
 
 /// The `const OrtApiBase *` of an ONNX Runtime that the host has loaded.
@@ -216,10 +242,9 @@ fn connect(base: ApiBase, path: Option<PathBuf>) -> Result<Loaded, String> {
     }
     // SAFETY: as above.
     let table = unsafe { (base.0.as_ref().GetApi)(API_VERSION) };
-    // SAFETY: not NULL, so it is the table of the version asked for, which lives while the library is loaded: for ever.
-    let Some(table) = (unsafe { table.as_ref() }) else {
+    if table.is_null() {
         return Err(format!("version {version} does not give API {API_VERSION}"));
-    };
+    }
     let api = Api(table);
     let environment = environment(api).map_err(|error| error.to_string())?;
     Ok(Loaded { api, environment, base, path, version, minor })
@@ -227,13 +252,7 @@ fn connect(base: ApiBase, path: Option<PathBuf>) -> Result<Loaded, String> {
 
 /// The process-wide environment: silent but for the `log` crate, telemetry off.
 fn environment(api: Api) -> Result<NonNull<sys::OrtEnv>> {
-    // SAFETY: same ABI; the level is read as a number because a later library may know more levels.
-    let logger = unsafe {
-        std::mem::transmute::<
-            unsafe extern "system" fn(*mut c_void, i32, *const c_char, *const c_char, *const c_char, *const c_char),
-            sys::OrtLoggingFunction,
-        >(log_message)
-    };
+    let logger = logging_function();
     let level = sys::OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING;
     let mut environment = std::ptr::null_mut();
     // SAFETY: the logger lives for ever and needs no parameter; the name is constant; the out pointer valid.
@@ -247,8 +266,20 @@ fn environment(api: Api) -> Result<NonNull<sys::OrtEnv>> {
     NonNull::new(environment).ok_or_else(|| Error::new(Status::RuntimeFailed, "ONNX Runtime made no environment"))
 }
 
+fn logging_function() -> sys::OrtLoggingFunction {
+    type Texts = *const c_char;
+    // SAFETY: same ABI; the level is read as a number because a later library may know more levels.
+    unsafe {
+        std::mem::transmute::<
+            unsafe extern "system" fn(*mut c_void, i32, Texts, Texts, Texts, Texts),
+            sys::OrtLoggingFunction,
+        >(log_message)
+    }
+}
+
+/// Gives a message to the [`LogSink`] that `sink` points to, or to the `log` crate if it is NULL.
 unsafe extern "system" fn log_message(
-    _: *mut c_void,
+    sink: *mut c_void,
     severity: i32,
     category: *const c_char,
     _: *const c_char,
@@ -261,13 +292,19 @@ unsafe extern "system" fn log_message(
         2 => log::Level::Warn,
         _ => log::Level::Error,
     };
-    if level > log::max_level() {
+    // SAFETY: a session's sink lives as long as the session.
+    let sink = unsafe { sink.cast::<LogSink>().as_ref() };
+    if sink.is_none() && level > log::max_level() {
         return;
     }
     // A host's logger may panic; ONNX Runtime's frames must not be unwound.
     let _ = std::panic::catch_unwind(AssertUnwindSafe(|| {
         // SAFETY: ONNX Runtime gives NUL-terminated texts that live during the call.
         let (category, location, message) = unsafe { (text(category), text(location), text(message)) };
-        log::log!(target: "macula::onnxruntime", level, "{category} {location}: {message}");
+        let message = format!("{category} {location}: {message}");
+        match sink {
+            Some(sink) => (sink.0)(level, &message),
+            None => log::log!(target: "macula::onnxruntime", level, "{message}"),
+        }
     }));
 }

@@ -15,7 +15,7 @@ use std::fmt;
 use std::path::Path;
 
 pub use binding::Binding;
-pub use library::{ApiBase, LIBRARY_VARIABLE, RuntimeOptions};
+pub use library::{ApiBase, LIBRARY_VARIABLE, LogSink, RuntimeOptions};
 pub use provider::{
     ArenaGrowth, ConvolutionSearch, CudaOptions, Provider, ProviderKind, ShapeProfile, TensorRtOptions,
 };
@@ -25,16 +25,17 @@ pub use tensor::{Device, Element, ElementType, Tensor};
 use crate::error::Result;
 
 /// The ONNX Runtime of this process. Cheap to clone; it stays loaded until the process ends.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Runtime {
     loaded: &'static library::Loaded,
+    log: Option<LogSink>,
 }
 
 impl Runtime {
     /// Loads ONNX Runtime, or gives the one that this process already uses. [`RuntimeOptions`] says where it is looked
     /// for; [`crate::Status::RuntimeUnavailable`] says what was tried, found and needed.
     pub fn load(options: &RuntimeOptions) -> Result<Self> {
-        Ok(Self { loaded: library::load(options)? })
+        Ok(Self { loaded: library::load(options)?, log: options.log.clone() })
     }
 
     /// The version of the library, e.g. `"1.32.0"`.
@@ -55,7 +56,7 @@ impl Runtime {
     /// A session of a serialized model whose external data, if any, lies under `folder`. The model is trusted: use
     /// [`Runtime::session`] for one that is not.
     pub fn session_from_bytes(&self, model: &[u8], folder: Option<&Path>, options: &SessionOptions) -> Result<Session> {
-        let chosen = session::choose_provider(self.loaded, options)?;
+        let chosen = session::choose_provider(self.loaded, self.log.as_ref(), options)?;
         Session::create(self.loaded, &session::Serialized { model, folder }, options, chosen)
     }
 }

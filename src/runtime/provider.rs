@@ -343,7 +343,7 @@ fn append_cuda(api: Api, options: &CudaOptions, session: *mut sys::OrtSessionOpt
         call!(api, CreateCUDAProviderOptions(&mut cuda)).and_then(|()| {
             let outcome = call!(api, UpdateCUDAProviderOptions(cuda, keys.as_ptr(), values.as_ptr(), keys.len()))
                 .and_then(|()| call!(api, SessionOptionsAppendExecutionProvider_CUDA_V2(session, cuda)));
-            (api.0.ReleaseCUDAProviderOptions)(cuda);
+            ((*api.0).ReleaseCUDAProviderOptions)(cuda);
             outcome
         })
     };
@@ -359,7 +359,7 @@ fn append_tensorrt(api: Api, settings: &Settings, session: *mut sys::OrtSessionO
             let outcome =
                 call!(api, UpdateTensorRTProviderOptions(tensorrt, keys.as_ptr(), values.as_ptr(), keys.len()))
                     .and_then(|()| call!(api, SessionOptionsAppendExecutionProvider_TensorRT_V2(session, tensorrt)));
-            (api.0.ReleaseTensorRTProviderOptions)(tensorrt);
+            ((*api.0).ReleaseTensorRTProviderOptions)(tensorrt);
             outcome
         })
     };

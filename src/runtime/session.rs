@@ -14,7 +14,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::api::{Api, c_path, c_string, call, text};
 use super::binding::Binding;
-use super::library::Loaded;
+use super::library::{Loaded, LogSink};
 use super::provider::{Provider, ProviderKind};
 use super::tensor::{ElementType, Tensor, Value, tensor_info};
 use crate::error::{Error, Result, Status};
@@ -153,6 +153,7 @@ pub(super) struct Inner {
     fallback_reason: Option<String>,
     shrink: bool,
     gate: Mutex<()>,
+    _log: Option<Box<LogSink>>,
 }
 
 // SAFETY: an `OrtSession` may be used from any thread.
@@ -163,7 +164,7 @@ unsafe impl Sync for Inner {}
 impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: ours, released once; bindings and device tensors keep this struct.
-        unsafe { (self.loaded.api.0.ReleaseSession)(self.pointer.as_ptr()) }
+        unsafe { ((*self.loaded.api.0).ReleaseSession)(self.pointer.as_ptr()) }
     }
 }
 
@@ -178,22 +179,24 @@ pub(super) struct Serialized<'a> {
 pub(super) struct RawOptions {
     pub(super) api: Api,
     pub(super) pointer: *mut sys::OrtSessionOptions,
+    /// Must stay until the session is gone.
+    log: Option<Box<LogSink>>,
 }
 
 impl Drop for RawOptions {
     fn drop(&mut self) {
         // SAFETY: ours, released once; sessions copy what they need.
-        unsafe { (self.api.0.ReleaseSessionOptions)(self.pointer) }
+        unsafe { ((*self.api.0).ReleaseSessionOptions)(self.pointer) }
     }
 }
 
 impl RawOptions {
-    fn new(loaded: &Loaded, options: &SessionOptions, provider: &Provider) -> Result<Self> {
+    fn new(loaded: &Loaded, log: Option<&LogSink>, options: &SessionOptions, provider: &Provider) -> Result<Self> {
         let api = loaded.api;
         let mut pointer = std::ptr::null_mut();
         // SAFETY: the out pointer is valid.
         unsafe { call!(api, CreateSessionOptions(&mut pointer)) }?;
-        let raw = Self { api, pointer };
+        let raw = Self { api, pointer, log: log.cloned().map(Box::new) };
         let count = |threads: usize, what: &str| {
             i32::try_from(threads)
                 .map_err(|_| Error::invalid_argument(format!("{threads} {what} threads: at most {}", i32::MAX)))
@@ -233,6 +236,11 @@ impl RawOptions {
         if let Some(affinity) = &options.affinity {
             raw.set("session.intra_op_thread_affinities", affinity)?;
         }
+        if let Some(sink) = &raw.log {
+            let (function, sink) = sink.raw();
+            // SAFETY: the sink is in a box, which the session takes over.
+            unsafe { call!(api, SetUserLoggingFunction(pointer, function, sink)) }?;
+        }
         provider.register(loaded, pointer)?;
         Ok(raw)
     }
@@ -253,12 +261,13 @@ impl RawOptions {
 /// The first provider of the chain that can run, and what was wrong with those before it.
 pub(super) fn choose_provider(
     loaded: &Loaded,
+    log: Option<&LogSink>,
     options: &SessionOptions,
 ) -> Result<(Provider, Option<String>, RawOptions)> {
     let mut provider = options.provider.clone();
     let mut reasons: Vec<String> = Vec::new();
     loop {
-        match RawOptions::new(loaded, options, &provider) {
+        match RawOptions::new(loaded, log, options, &provider) {
             Ok(raw) => return Ok((provider, (!reasons.is_empty()).then(|| reasons.join("; ")), raw)),
             Err(error) if options.fallback && error.status() == Status::ProviderUnavailable => {
                 let Some(next) = provider.next() else { return Err(error) };
@@ -276,7 +285,7 @@ impl Session {
         loaded: &'static Loaded,
         source: &Serialized<'_>,
         options: &SessionOptions,
-        (provider, fallback_reason, raw): (Provider, Option<String>, RawOptions),
+        (provider, fallback_reason, mut raw): (Provider, Option<String>, RawOptions),
     ) -> Result<Self> {
         let api = loaded.api;
         if let Some(folder) = source.folder {
@@ -307,6 +316,7 @@ impl Session {
             fallback_reason,
             shrink: options.shrink,
             gate: Mutex::new(()),
+            _log: raw.log.take(),
         };
         inner.inputs = ports(api, pointer, Side::Input)?;
         inner.outputs = ports(api, pointer, Side::Output)?;
@@ -505,7 +515,7 @@ impl RunOptions {
 impl Drop for RunOptions {
     fn drop(&mut self) {
         // SAFETY: ours, released once, after the last hook that refers to it.
-        unsafe { (self.api.0.ReleaseRunOptions)(self.pointer) }
+        unsafe { ((*self.api.0).ReleaseRunOptions)(self.pointer) }
     }
 }
 
@@ -558,7 +568,7 @@ fn port(api: Api, session: *mut sys::OrtSession, side: Side, index: usize) -> Re
     let read = unsafe {
         let read = call!(api, CastTypeInfoToTensorInfo(info, &mut tensor))
             .and_then(|()| if tensor.is_null() { Ok(None) } else { tensor_info(api, tensor).map(Some) });
-        (api.0.ReleaseTypeInfo)(info);
+        ((*api.0).ReleaseTypeInfo)(info);
         read
     }?;
     let what = match side {

@@ -422,7 +422,7 @@ impl Value {
         // SAFETY: `info` was just made.
         let read = unsafe { tensor_info(api, info) };
         // SAFETY: it is ours and not used any more.
-        unsafe { (api.0.ReleaseTensorTypeAndShapeInfo)(info) };
+        unsafe { ((*api.0).ReleaseTensorTypeAndShapeInfo)(info) };
         let (element_type, dims, _) = read?;
         let shape = dims.iter().map(|&size| usize::try_from(size)).collect::<Result<Vec<_>, _>>();
         let shape = shape.map_err(|_| Error::unsupported(format!("an output has the open shape {dims:?}")))?;
@@ -447,7 +447,7 @@ impl Value {
 impl Drop for Value {
     fn drop(&mut self) {
         // SAFETY: ours, released once.
-        unsafe { (self.api.0.ReleaseValue)(self.pointer.as_ptr()) }
+        unsafe { ((*self.api.0).ReleaseValue)(self.pointer.as_ptr()) }
     }
 }
 
@@ -512,7 +512,7 @@ impl MemoryInfo {
 impl Drop for MemoryInfo {
     fn drop(&mut self) {
         // SAFETY: ours, released once.
-        unsafe { (self.api.0.ReleaseMemoryInfo)(self.pointer.as_ptr()) }
+        unsafe { ((*self.api.0).ReleaseMemoryInfo)(self.pointer.as_ptr()) }
     }
 }
 
