@@ -37,6 +37,11 @@ impl FileIdentity {
     }
 }
 
+/// Nanoseconds since 1970 of the last change to a file's contents, names or rights. Programs can't set it.
+pub(crate) fn change_time(metadata: &std::fs::Metadata) -> i128 {
+    i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec())
+}
+
 /// How many directory entries lead to a file.
 pub(crate) fn hard_links(metadata: &std::fs::Metadata) -> u64 {
     metadata.nlink()
@@ -296,4 +301,19 @@ pub(crate) fn resident_memory() -> Option<ResidentMemory> {
 pub(crate) fn user_data_folder() -> Option<PathBuf> {
     let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share")))
+}
+
+/// The processor's name and what it can do, as text: equal texts run the same kernels.
+pub(crate) fn cpu_description() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let first = text.split("\n\n").next().unwrap_or_default();
+    let lines =
+        first.lines().filter(|line| ["model name", "flags", "Features"].iter().any(|key| line.starts_with(key)));
+    lines.collect::<Vec<_>>().join("\n") + std::env::consts::ARCH
+}
+
+/// Makes a folder that only this user can enter. Fails if there is something of that name.
+pub(crate) fn create_private_folder(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().mode(0o700).create(path)
 }

@@ -13,7 +13,7 @@ use macula::progress::CancelToken;
 use macula::runtime::{ApiBase, LIBRARY_VARIABLE, Runtime, RuntimeOptions, SessionOptions, Tensor};
 
 mod small_models;
-use small_models::product;
+use small_models::{product, product_model};
 
 const CASE: &str = "MACULA_TEST_CASE";
 const PLACE: &str = "MACULA_TEST_PLACE";
@@ -107,7 +107,7 @@ const X: [f32; 4] = [1.0, 2.0, 3.0, 4.0];
 fn ours(runtime: &Runtime) -> Vec<f32> {
     let mut options = SessionOptions::default();
     options.intra_threads = 1;
-    let session = runtime.session_from_bytes(&product(), None, &options).unwrap();
+    let session = runtime.session(&product_model(), &options).unwrap();
     let x = Tensor::from_slice(&[1, 4], &X).unwrap();
     let w = Tensor::from_vec(&[4, 4], vec![1_f32; 16]).unwrap();
     session.run(&[("x", &x), ("w", &w)], &["z"], &CancelToken::new()).unwrap().remove(0).into_vec().unwrap()

@@ -4,7 +4,7 @@ use macula::Status;
 use macula::progress::CancelToken;
 use macula::runtime::{Device, ElementType, Runtime, RuntimeOptions, SessionOptions, Tensor};
 mod small_models;
-use small_models::product;
+use small_models::product_model;
 
 fn runtime() -> Runtime {
     Runtime::load(&RuntimeOptions::default()).expect("set MACULA_ONNXRUNTIME to ONNX Runtime's library")
@@ -18,7 +18,7 @@ fn one_thread() -> SessionOptions {
 
 #[test]
 fn a_run_gives_what_the_closed_form_gives() {
-    let session = runtime().session_from_bytes(&product(), None, &one_thread()).unwrap();
+    let session = runtime().session(&product_model(), &one_thread()).unwrap();
     let x = Tensor::from_vec(&[2, 4], (0..8).map(|i| i as f32 - 3.0).collect()).unwrap();
     let mut identity = vec![0_f32; 16];
     (0..4).for_each(|i| identity[i * 5] = 2.0);
@@ -45,7 +45,7 @@ fn a_run_gives_what_the_closed_form_gives() {
 
 #[test]
 fn wrong_inputs_are_named_with_what_was_expected_and_given() {
-    let session = runtime().session_from_bytes(&product(), None, &one_thread()).unwrap();
+    let session = runtime().session(&product_model(), &one_thread()).unwrap();
     let x = Tensor::zeros(ElementType::F32, &[2, 5]).unwrap();
     let cancel = CancelToken::new();
     let error = session.run(&[("x", &x)], &[], &cancel).unwrap_err();

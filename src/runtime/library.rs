@@ -95,6 +95,14 @@ unsafe impl Send for Loaded {}
 // SAFETY: as above.
 unsafe impl Sync for Loaded {}
 
+impl Loaded {
+    /// What the library says about how it was built.
+    pub(super) fn build(&self) -> String {
+        // SAFETY: a constant text of the library.
+        unsafe { text(((*self.api.0).GetBuildInfoString)()) }
+    }
+}
+
 static LOADED: Mutex<Option<&'static Loaded>> = Mutex::new(None);
 
 /// Loads the library that the options name, or gives the one that is loaded if it is the same.

@@ -6,6 +6,7 @@
 
 mod api;
 mod binding;
+mod cache;
 mod library;
 mod provider;
 mod session;
@@ -19,10 +20,13 @@ pub use library::{ApiBase, LIBRARY_VARIABLE, LogSink, RuntimeOptions};
 pub use provider::{
     ArenaGrowth, ConvolutionSearch, CudaOptions, Provider, ProviderKind, ShapeProfile, TensorRtOptions,
 };
-pub use session::{Dimension, Optimization, Port, Session, SessionOptions};
+pub use session::{Dimension, Optimization, Port, Session, SessionMemory, SessionOptions};
 pub use tensor::{Device, Element, ElementType, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::onnx::Model;
+use crate::os;
+use session::Serialized;
 
 /// The ONNX Runtime of this process. Cheap to clone; it stays loaded until the process ends.
 #[derive(Clone)]
@@ -53,12 +57,86 @@ impl Runtime {
         self.loaded.api.compiled_providers()
     }
 
-    /// A session of a serialized model whose external data, if any, lies under `folder`. The model is trusted: use
-    /// [`Runtime::session`] for one that is not.
-    pub fn session_from_bytes(&self, model: &[u8], folder: Option<&Path>, options: &SessionOptions) -> Result<Session> {
-        let chosen = session::choose_provider(self.loaded, self.log.as_ref(), options)?;
-        Session::create(self.loaded, &session::Serialized { model, folder }, options, chosen)
+    /// A session of a model. Its external files are checked again just before ONNX Runtime reads them.
+    ///
+    /// Errors: [`crate::Status::ProviderUnavailable`] with the reason; [`crate::Status::InvalidFile`] if external data
+    /// changed since the model was opened; [`crate::Status::Unsupported`] for inputs or outputs that are no dense
+    /// tensors; [`crate::Status::RuntimeFailed`] with ONNX Runtime's words.
+    pub fn session(&self, model: &Model, options: &SessionOptions) -> Result<Session> {
+        let mut weights = 0_u64;
+        for tensor in &model.graph().initializer {
+            weights = weights.saturating_add(model.tensor(tensor)?.byte_len() as u64);
+        }
+        let source = model.for_session()?;
+        let serialized = Serialized { model: &source.bytes, folder: source.folder.as_deref(), weights };
+        if let Some(cache) = &options.cache
+            && let Some(session) = self.cached_session(cache, model, &serialized, options)?
+        {
+            return Ok(session);
+        }
+        Session::create(self.loaded, &serialized, options, self.choose(options)?)
     }
+
+    /// A session by way of the cache; `None` if the cache is of no use here, which is never a reason to fail.
+    fn cached_session(
+        &self,
+        cache: &Path,
+        model: &Model,
+        source: &Serialized<'_>,
+        options: &SessionOptions,
+    ) -> Result<Option<Session>> {
+        let chosen = self.choose(options)?;
+        if chosen.provider.kind() == ProviderKind::TensorRt {
+            return Ok(None);
+        }
+        let useless = |error: Error| {
+            log::warn!(target: "macula::runtime", "the cache {} is not used: {error}", cache.display());
+            Ok(None)
+        };
+        let slot = match cache::Slot::new(cache, self.loaded, model, source.model, &chosen.provider, options) {
+            Ok(slot) => slot,
+            Err(error) => return useless(error),
+        };
+        if let Some((bytes, folder)) = slot.read() {
+            // What ONNX Runtime wrote passes the same checks as what anybody else wrote.
+            let outcome = Model::from_bytes(bytes, Some(&folder), model.limits())
+                .and_then(|optimized| optimized.for_session())
+                .and_then(|optimized| {
+                    let source = Serialized { model: &optimized.bytes, folder: optimized.folder.as_deref(), ..*source };
+                    let mut as_it_is = options.clone();
+                    as_it_is.optimization = Optimization::Off;
+                    Session::create(self.loaded, &source, &as_it_is, self.choose(&as_it_is)?)
+                });
+            match outcome {
+                Ok(session) => return Ok(Some(session)),
+                Err(error) => slot.discard(error.message()),
+            }
+        }
+        let written = slot.write().and_then(|writing| {
+            writing.configure(&chosen.raw)?;
+            let session = Session::create(self.loaded, source, options, chosen)?;
+            Ok((session, writing))
+        });
+        match written {
+            Ok((session, writing)) => {
+                if let Err(error) = writing.finish(options.cache_limit) {
+                    log::warn!(target: "macula::runtime", "the optimised graph is not kept: {error}");
+                }
+                Ok(Some(session))
+            }
+            Err(error) => useless(error),
+        }
+    }
+
+    fn choose(&self, options: &SessionOptions) -> Result<session::Chosen> {
+        session::choose_provider(self.loaded, self.log.as_ref(), options)
+    }
+}
+
+/// How much RAM this process takes now and took at most, in bytes, all of its parts together; `None` where the system
+/// does not say.
+pub fn process_memory() -> Option<(u64, u64)> {
+    os::resident_memory().map(|memory| (memory.current, memory.peak))
 }
 
 impl fmt::Debug for Runtime {

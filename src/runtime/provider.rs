@@ -188,11 +188,6 @@ impl Provider {
             }
         }
     }
-
-    /// Everything that decides what a session of this provider computes, as text.
-    pub(super) fn signature(&self) -> String {
-        format!("{self:?}")
-    }
 }
 
 fn unavailable(kind: ProviderKind, reason: impl std::fmt::Display) -> Error {

@@ -1,7 +1,7 @@
 //! A model made ready to run. Knows nothing of what models mean.
 
 use std::any::Any;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -16,7 +16,7 @@ use super::api::{Api, c_path, c_string, call, text};
 use super::binding::Binding;
 use super::library::{Loaded, LogSink};
 use super::provider::{Provider, ProviderKind};
-use super::tensor::{ElementType, Tensor, Value, tensor_info};
+use super::tensor::{ElementType, MemoryInfo, Tensor, Value, tensor_info};
 use crate::error::{Error, Result, Status};
 use crate::progress::CancelToken;
 
@@ -63,7 +63,13 @@ pub struct SessionOptions {
     /// Whether the arena gives unused memory back after each run.
     pub shrink: bool,
     /// The folder for optimised graphs, which make the next session of the same model start faster; `None` keeps none.
+    ///
+    /// Entries are keyed by the graph, the external files' path, size, time and inode, ONNX Runtime's build, provider,
+    /// options and the CPU, and hold a copy of the weights. TensorRT's engines are cached by
+    /// [`super::TensorRtOptions::engine_cache`] instead.
     pub cache: Option<PathBuf>,
+    /// Bytes that the cache folder may hold; those not used for longest are removed when a new one is written.
+    pub cache_limit: u64,
 }
 
 impl Default for SessionOptions {
@@ -81,6 +87,7 @@ impl Default for SessionOptions {
             arena: true,
             shrink: false,
             cache: None,
+            cache_limit: 64 << 30,
         }
     }
 }
@@ -152,6 +159,8 @@ pub(super) struct Inner {
     pub(super) provider: Provider,
     fallback_reason: Option<String>,
     shrink: bool,
+    /// Bytes of the model's initializers.
+    pub(super) weights: u64,
     gate: Mutex<()>,
     _log: Option<Box<LogSink>>,
 }
@@ -168,11 +177,25 @@ impl Drop for Inner {
     }
 }
 
+/// What a session takes, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionMemory {
+    /// The model's weights, as they are stored. Kernels may keep some of them a second time, packed for themselves.
+    pub weights: u64,
+    /// What the arena of the session's provider has handed out now: intermediate values and packed weights. `None`
+    /// without an arena, and with an ONNX Runtime before 1.23, which does not tell.
+    pub arena: Option<u64>,
+    /// The most that it ever had handed out.
+    pub arena_peak: Option<u64>,
+}
+
 /// A serialized model and where its external data is.
 pub(super) struct Serialized<'a> {
     pub(super) model: &'a [u8],
     /// The folder that external locations are relative to.
     pub(super) folder: Option<&'a Path>,
+    /// Bytes of its initializers.
+    pub(super) weights: u64,
 }
 
 /// Session options of ONNX Runtime that are ours to release.
@@ -251,6 +274,12 @@ impl RawOptions {
         unsafe { call!(self.api, AddSessionConfigEntry(self.pointer, key.as_ptr(), value.as_ptr())) }
     }
 
+    pub(super) fn set_optimized_model_path(&self, path: &Path) -> Result<()> {
+        let path = c_path(path)?;
+        // SAFETY: as above.
+        unsafe { call!(self.api, SetOptimizedModelFilePath(self.pointer, path.as_ptr())) }
+    }
+
     pub(super) fn set_path(&self, key: &str, value: &Path) -> Result<()> {
         let (key, value) = (c_string(key)?, c_path(value)?);
         // SAFETY: as above.
@@ -258,17 +287,23 @@ impl RawOptions {
     }
 }
 
+/// Options of a session with a provider that can run it.
+pub(super) struct Chosen {
+    pub(super) provider: Provider,
+    fallback_reason: Option<String>,
+    pub(super) raw: RawOptions,
+}
+
 /// The first provider of the chain that can run, and what was wrong with those before it.
-pub(super) fn choose_provider(
-    loaded: &Loaded,
-    log: Option<&LogSink>,
-    options: &SessionOptions,
-) -> Result<(Provider, Option<String>, RawOptions)> {
+pub(super) fn choose_provider(loaded: &Loaded, log: Option<&LogSink>, options: &SessionOptions) -> Result<Chosen> {
     let mut provider = options.provider.clone();
     let mut reasons: Vec<String> = Vec::new();
     loop {
         match RawOptions::new(loaded, log, options, &provider) {
-            Ok(raw) => return Ok((provider, (!reasons.is_empty()).then(|| reasons.join("; ")), raw)),
+            Ok(raw) => {
+                let fallback_reason = (!reasons.is_empty()).then(|| reasons.join("; "));
+                return Ok(Chosen { provider, fallback_reason, raw });
+            }
             Err(error) if options.fallback && error.status() == Status::ProviderUnavailable => {
                 let Some(next) = provider.next() else { return Err(error) };
                 log::warn!(target: "macula::runtime", "{error}; falling back to {}", next.kind());
@@ -285,7 +320,7 @@ impl Session {
         loaded: &'static Loaded,
         source: &Serialized<'_>,
         options: &SessionOptions,
-        (provider, fallback_reason, mut raw): (Provider, Option<String>, RawOptions),
+        Chosen { provider, fallback_reason, mut raw }: Chosen,
     ) -> Result<Self> {
         let api = loaded.api;
         if let Some(folder) = source.folder {
@@ -315,6 +350,7 @@ impl Session {
             provider,
             fallback_reason,
             shrink: options.shrink,
+            weights: source.weights,
             gate: Mutex::new(()),
             _log: raw.log.take(),
         };
@@ -351,6 +387,19 @@ impl Session {
     /// Why it is not run by the provider that was asked for, if it is not.
     pub fn fallback_reason(&self) -> Option<&str> {
         self.inner.fallback_reason.as_deref()
+    }
+
+    /// What it takes in memory.
+    pub fn memory(&self) -> SessionMemory {
+        let arena = self.inner.arena().unwrap_or_else(|error| {
+            log::debug!(target: "macula::runtime", "no figures of the arena: {error}");
+            None
+        });
+        SessionMemory {
+            weights: self.inner.weights,
+            arena: arena.map(|(current, _)| current),
+            arena_peak: arena.map(|(_, peak)| peak),
+        }
     }
 
     /// Runs the model once: `inputs` by name, each exactly once; the outputs named come back in that order (all of
@@ -433,6 +482,33 @@ impl Inner {
             return Ok(());
         }
         Err(Error::invalid_argument(format!("not all inputs are given; missing: {}", missing.join(", "))))
+    }
+
+    /// Bytes handed out now and at most by the provider's arena.
+    fn arena(&self) -> Result<Option<(u64, u64)>> {
+        /// The first version whose allocators tell.
+        const STATISTICS: u32 = 23;
+        if self.loaded.minor < STATISTICS {
+            return Ok(None);
+        }
+        let api = self.loaded.api;
+        let info = MemoryInfo::new(api, self.provider.device())?;
+        let (mut allocator, mut pairs) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the session is live; the version has these functions; texts are read before they are released.
+        unsafe {
+            call!(api, CreateAllocator(self.pointer.as_ptr(), info.pointer.as_ptr(), &mut allocator))?;
+            let outcome = call!(api, AllocatorGetStats(allocator, &mut pairs));
+            let figures = outcome.map(|()| {
+                let figure = |key: &CStr| text(((*api.0).GetKeyValue)(pairs, key.as_ptr())).parse().ok();
+                let figures = Some((figure(c"InUse")?, figure(c"MaxInUse")?));
+                figures
+            });
+            if !pairs.is_null() {
+                ((*api.0).ReleaseKeyValuePairs)(pairs);
+            }
+            ((*api.0).ReleaseAllocator)(allocator);
+            figures
+        }
     }
 
     /// Does one run, alone, and stops it when the token is cancelled.

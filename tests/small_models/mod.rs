@@ -1,7 +1,7 @@
 //! Models small enough to be known by heart, written with the crate's own messages.
 #![allow(dead_code)]
 
-use macula::onnx::proto;
+use macula::onnx::{Limits, Model, proto};
 use prost::Message;
 
 pub fn value(name: &str, dims: &[&str]) -> proto::ValueInfoProto {
@@ -45,4 +45,70 @@ pub fn product() -> Vec<u8> {
     let opset = proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
     proto::ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() }
         .encode_to_vec()
+}
+
+pub fn product_model() -> Model {
+    model(product())
+}
+
+pub fn model(bytes: Vec<u8>) -> Model {
+    Model::from_bytes(bytes.into(), None, &Limits::default()).unwrap()
+}
+
+/// `y = conv(relu(conv(x)))` over 16 channels with 3 x 3 kernels, for `x: [1, 16, 12, 12]`, and the bytes of its
+/// weights if they lie in an external file of the given name.
+pub fn convolutions(external: Option<&str>) -> (Vec<u8>, Vec<u8>) {
+    let count = 16 * 16 * 9;
+    let mut file = Vec::new();
+    let weights = ["w0", "w1"].map(|name| {
+        let seed = name.len() + usize::from(name.as_bytes()[1]);
+        let data: Vec<u8> =
+            (0..count).flat_map(|i| (((i * 31 + seed * 7) % 97) as f32 / 970.0 - 0.05).to_le_bytes()).collect();
+        let mut tensor = proto::TensorProto {
+            name: Some(name.into()),
+            data_type: Some(1),
+            dims: vec![16, 16, 3, 3],
+            ..Default::default()
+        };
+        match external {
+            None => tensor.raw_data = Some(data.into()),
+            Some(location) => {
+                let entry = |key: &str, value: String| proto::StringStringEntryProto {
+                    key: Some(key.into()),
+                    value: Some(value),
+                };
+                tensor.external_data = vec![
+                    entry("location", location.into()),
+                    entry("offset", file.len().to_string()),
+                    entry("length", data.len().to_string()),
+                ];
+                tensor.data_location = Some(proto::tensor_proto::DataLocation::External as i32);
+                file.extend(data);
+            }
+        }
+        tensor
+    });
+    let pads = proto::AttributeProto {
+        name: Some("pads".into()),
+        r#type: Some(proto::attribute_proto::AttributeType::Ints as i32),
+        ints: vec![1; 4],
+        ..Default::default()
+    };
+    let mut nodes =
+        vec![node("Conv", &["x", "w0"], &["a"]), node("Relu", &["a"], &["b"]), node("Conv", &["b", "w1"], &["y"])];
+    nodes[0].attribute.push(pads.clone());
+    nodes[2].attribute.push(pads);
+    let shape = ["1", "16", "12", "12"];
+    let graph = proto::GraphProto {
+        name: Some("convolutions".into()),
+        node: nodes,
+        input: vec![value("x", &shape)],
+        output: vec![value("y", &shape)],
+        initializer: weights.into(),
+        ..Default::default()
+    };
+    let opset = proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
+    let model =
+        proto::ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() };
+    (model.encode_to_vec(), file)
 }
