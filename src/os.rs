@@ -266,6 +266,11 @@ impl SharedLibrary {
     }
 }
 
+/// A path in the form that C functions take, without the NUL at its end.
+pub(crate) fn path_bytes(path: &Path) -> &[u8] {
+    path.as_os_str().as_bytes()
+}
+
 /// The file that the code or data at an address was loaded from.
 pub(crate) fn file_of_address(address: *const c_void) -> Option<PathBuf> {
     // SAFETY: an all-zero `Dl_info` is valid.

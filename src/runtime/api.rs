@@ -6,6 +6,7 @@ use std::path::Path;
 use ort::sys;
 
 use crate::error::{Error, Result, Status};
+use crate::os;
 
 /// The version of the table that is needed, and the least minor version of the library. Entries of later versions are
 /// used only after a look at the library's version.
@@ -109,6 +110,5 @@ pub(super) fn c_string(text: impl Into<Vec<u8>>) -> Result<CString> {
 
 /// A path for C.
 pub(super) fn c_path(path: &Path) -> Result<CString> {
-    use std::os::unix::ffi::OsStrExt;
-    c_string(path.as_os_str().as_bytes())
+    c_string(os::path_bytes(path))
 }
