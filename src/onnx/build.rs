@@ -160,6 +160,17 @@ pub fn value(name: &str, data_type: DataType, dims: Option<&[Dim]>) -> ValueInfo
     }
 }
 
+/// The shape that a tensor value is declared with; `None` if it is no tensor or its rank is open.
+pub fn declared_dims(info: &ValueInfoProto) -> Option<Vec<Dim>> {
+    let Some(type_proto::Value::TensorType(tensor)) = info.r#type.as_ref()?.value.as_ref() else { return None };
+    let dim = |dim: &Dimension| match &dim.value {
+        Some(dimension::Value::DimValue(size)) => Dim::Fixed(*size),
+        Some(dimension::Value::DimParam(name)) => Dim::Named(name.clone()),
+        None => Dim::Any,
+    };
+    Some(tensor.shape.as_ref()?.dim.iter().map(dim).collect())
+}
+
 /// The names of a graph's values and nodes, and new ones that clash with none of them.
 #[derive(Clone, Debug, Default)]
 pub struct Names {

@@ -1,5 +1,6 @@
 //! ONNX models as data: read, write, inspect and edit them. This room knows no ONNX Runtime.
 
+pub mod attention;
 pub mod build;
 mod check;
 pub mod edit;

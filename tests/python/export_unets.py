@@ -1,0 +1,420 @@
+"""Exports diffusers' UNets to ONNX by every exporter that people use, as fixtures for tests and benchmarks.
+
+The topologies are those of Stable Diffusion 1.x, 2.x and XL (number, kind and nesting of the blocks), with random
+weights from a seed and, except for the full-size one, small widths. A fixture is a folder
+
+    model.onnx, model.onnx.data   the export (the second only if the exporter made it)
+    weights.safetensors           the attention projections as torch has them: `<module path>.weight`, `.bias`
+    reference.safetensors         `<case>.<input name>` and `<case>.out_sample`: what torch computes
+
+    python export_unets.py --out FOLDER KEY...             make fixtures that are not there yet; `all` is the matrix
+    python export_unets.py sd15 --exporter torchscript17 --out FOLDER      make the full-size Stable Diffusion 1.5
+"""
+
+import argparse
+import copy
+import functools
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from safetensors.torch import save_file
+
+INPUTS = ["sample", "timestep", "encoder_hidden_states"]
+ADDED_INPUTS = ["text_embeds", "time_ids"]
+OUTPUT = "out_sample"
+
+# --- the models ----------------------------------------------------------------------------------------------------
+
+SMALL = dict(sample_size=16, norm_num_groups=8, layers_per_block=2, act_fn="silu")
+
+
+def sd1():
+    """Stable Diffusion 1.x: 16 cross-attention layers, 1x1 convolutions around each transformer."""
+    return dict(SMALL, block_out_channels=(16, 32, 32, 32), cross_attention_dim=24, attention_head_dim=4)
+
+
+def sd2():
+    """Stable Diffusion 2.x: as 1.x with linear projections around each transformer and heads that grow with depth."""
+    return dict(
+        SMALL,
+        block_out_channels=(16, 32, 32, 32),
+        cross_attention_dim=40,
+        attention_head_dim=(2, 4, 8, 8),
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
+
+
+def sdxl(depth=(1, 2, 10)):
+    """Stable Diffusion XL: 70 cross-attention layers at full depth, a pooled text and sizes as further inputs."""
+    return dict(
+        SMALL,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=depth,
+        cross_attention_dim=48,
+        attention_head_dim=(2, 4, 8),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+
+
+def sd15():
+    """Stable Diffusion 1.5 at its full size: 860 M parameters, 19,169,280 of them in cross-attention's K and V."""
+    return dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+FAMILIES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "sdxl-shallow": lambda: sdxl((1, 1, 2)), "sd15": sd15}
+
+
+def build(family, *, biased=False, tied=False, projected=False, seed=0):
+    """A UNet of a family with random weights.
+
+    biased: cross-attention's K and V have biases. tied: the two cross-attention layers of a down block share their K
+    weight. projected: a linear layer stands between the text input and all K and V (`encoder_hid_proj`).
+    """
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    if projected:
+        config.update(encoder_hid_dim=20, encoder_hid_dim_type="text_proj")
+    unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
+    if biased:
+        for layer in (block for name, block in unet.named_modules() if name.endswith("attn2")):
+            for role in ("to_k", "to_v"):
+                weight = getattr(layer, role).weight
+                linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=True).requires_grad_(False)
+                linear.weight.copy_(weight)
+                linear.bias.normal_()
+                setattr(layer, role, linear)
+    if tied:
+        first, second = (block.transformer_blocks[0].attn2 for block in unet.down_blocks[0].attentions)
+        second.to_k.weight = first.to_k.weight
+    return unet
+
+
+def inputs_of(unet, batch=2, size=16, tokens=7, seed=1):
+    """A call's inputs by name."""
+    draw = torch.Generator().manual_seed(seed)
+    normal = functools.partial(torch.randn, generator=draw)
+    config = unet.config
+    inputs = {
+        "sample": normal(batch, config.in_channels, size, size),
+        "timestep": torch.tensor(37 + seed, dtype=torch.int64),
+        "encoder_hidden_states": normal(batch, tokens, config.encoder_hid_dim or config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        sizes = 6 * config.addition_time_embed_dim
+        inputs["text_embeds"] = normal(batch, config.projection_class_embeddings_input_dim - sizes)
+        inputs["time_ids"] = torch.rand(batch, 6, generator=draw) * 64
+    return {
+        name: value.to(unet.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+    }
+
+
+class Call(torch.nn.Module):
+    """The UNet behind a signature of tensors only; its modules keep their names."""
+
+    def __init__(self, unet):
+        super().__init__()
+        for name, module in unet.named_children():
+            self.add_module(name, module)
+        self.__dict__["unet"] = unet
+
+    def forward(self, sample, timestep, encoder_hidden_states, text_embeds=None, time_ids=None):
+        added = {} if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.unet(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added or None, return_dict=False
+        )[0]
+
+
+# --- the exporters -------------------------------------------------------------------------------------------------
+
+
+def torchscript(unet, path, *, opset, dynamic=True):
+    """torch.onnx's tracing exporter."""
+    inputs = inputs_of(unet)
+    axes = {
+        "sample": {0: "batch", 2: "height", 3: "width"},
+        "encoder_hidden_states": {0: "batch", 1: "tokens"},
+        "text_embeds": {0: "batch"},
+        "time_ids": {0: "batch"},
+        OUTPUT: {0: "batch", 2: "height", 3: "width"},
+    }
+    torch.onnx.export(
+        Call(unet),
+        tuple(inputs.values()),
+        str(path),
+        input_names=list(inputs),
+        output_names=[OUTPUT],
+        opset_version=opset,
+        dynamic_axes={name: axes[name] for name in [*inputs, OUTPUT] if name in axes} if dynamic else None,
+        dynamo=False,
+    )
+
+
+def dynamo(unet, path, *, opset):
+    """torch.export and torch.onnx's exporter on top of it; batch and prompt length are symbolic."""
+    inputs = inputs_of(unet)
+    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
+    axes = {
+        "sample": {0: batch},
+        "timestep": None,
+        "encoder_hidden_states": {0: batch, 1: tokens},
+        "text_embeds": {0: batch},
+        "time_ids": {0: batch},
+    }
+    torch.onnx.export(
+        Call(unet),
+        (),
+        str(path),
+        kwargs=inputs,
+        input_names=list(inputs),
+        output_names=[OUTPUT],
+        opset_version=opset,
+        dynamic_shapes={name: axes[name] for name in inputs},
+        dynamo=True,
+        external_data=False,
+    )
+
+
+def optimum(unet, path, *, opset):
+    """Hugging Face Optimum, as `optimum-cli export onnx` does it for the unet of a pipeline."""
+    from optimum.exporters.onnx import export
+    from optimum.exporters.onnx.model_configs import UNetOnnxConfig
+
+    unet.set_attn_processor(AttnProcessor2_0())
+    if unet.config.addition_embed_type == "text_time":
+        unet.config.text_encoder_projection_dim = inputs_of(unet)["text_embeds"].shape[1]
+        unet.config.requires_aesthetics_score = False
+        unet.config.time_cond_proj_dim = None
+    export(unet, UNetOnnxConfig(unet.config, task="semantic-segmentation"), path, opset=opset, do_constant_folding=True)
+
+
+def ort_fused(unet, path, *, packed):
+    """onnxruntime's transformer optimizer: attention becomes `MultiHeadAttention`, with K and V packed into one
+    matrix if wanted."""
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    unet.set_attn_processor(AttnProcessor())
+    plain = path.with_name("plain.onnx")
+    torchscript(unet, plain, opset=17, dynamic=True)
+    options = FusionOptions("unet")
+    options.enable_packed_kv = packed
+    options.enable_packed_qkv = False
+    # These have no kernels on the CPU.
+    options.enable_nhwc_conv = False
+    options.enable_group_norm = False
+    options.enable_skip_group_norm = False
+    options.enable_bias_splitgelu = False
+    options.enable_bias_add = False
+    optimized = optimize_model(
+        str(plain), model_type="unet", num_heads=0, hidden_size=0, opt_level=0, optimization_options=options
+    )
+    optimized.save_model_to_file(str(path))
+    plain.unlink()
+
+
+def quantized(unet, path, *, form):
+    """onnxruntime's quantisation of a TorchScript export: `dynamic` (MatMulInteger) or `qdq` (DequantizeLinear)."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic
+    from onnxruntime.quantization import quantize_static
+
+    plain = path.with_name("plain.onnx")
+    torchscript(unet, plain, opset=17, dynamic=True)
+    if form == "dynamic":
+        quantize_dynamic(str(plain), str(path), op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
+    else:
+
+        class Reader(CalibrationDataReader):
+            calls = iter([{name: value.numpy() for name, value in inputs_of(unet).items()}])
+
+            def get_next(self):
+                return next(self.calls, None)
+
+        quant_format = QuantFormat.QDQ if form == "qdq" else QuantFormat.QOperator
+        quantize_static(str(plain), str(path), Reader(), quant_format=quant_format, op_types_to_quantize=["MatMul"])
+    plain.unlink()
+
+
+def stripped(unet, path):
+    """A TorchScript export whose nodes lost their names, as some tools leave it."""
+    import onnx
+
+    torchscript(unet, path, opset=17)
+    model = onnx.load(path)
+    for node in model.graph.node:
+        node.ClearField("name")
+    onnx.save(model, path)
+
+
+EXPORTERS = {
+    "torchscript14": functools.partial(torchscript, opset=14),
+    "torchscript17": functools.partial(torchscript, opset=17),
+    "torchscript20": functools.partial(torchscript, opset=20),
+    "torchscript14-static": functools.partial(torchscript, opset=14, dynamic=False),
+    "torchscript17-static": functools.partial(torchscript, opset=17, dynamic=False),
+    "torchscript20-static": functools.partial(torchscript, opset=20, dynamic=False),
+    "dynamo17": functools.partial(dynamo, opset=17),
+    "dynamo18": functools.partial(dynamo, opset=18),
+    "dynamo20": functools.partial(dynamo, opset=20),
+    "dynamo23": functools.partial(dynamo, opset=23),
+    "optimum": functools.partial(optimum, opset=18),
+    "fused": functools.partial(ort_fused, packed=False),
+    "fused-packed": functools.partial(ort_fused, packed=True),
+    "quantized-dynamic": functools.partial(quantized, form="dynamic"),
+    "quantized-qdq": functools.partial(quantized, form="qdq"),
+    "quantized-qoperator": functools.partial(quantized, form="qoperator"),
+    "stripped": stripped,
+}
+
+# --- the fixtures --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fixture:
+    """One export: `key` is its folder's name."""
+
+    key: str
+    family: str
+    exporter: str
+    dtype: torch.dtype = torch.float32
+    to_kv: bool = False
+    options: dict = field(default_factory=dict)
+
+    def cases(self, unet):
+        """The calls that torch answers beside the export: the traced sizes, and others where the export allows."""
+        yield inputs_of(unet)
+        if "static" not in self.exporter:
+            size = 16 if self.exporter.startswith("dynamo") else 24
+            yield inputs_of(unet, batch=3, size=size, tokens=11, seed=2)
+
+    def make(self, folder):
+        """Writes the fixture's files into a folder."""
+        unet = build(self.family, **self.options).to(self.dtype)
+        weights = {
+            name: value.clone()
+            for name, value in unet.state_dict().items()
+            if name.rsplit(".", 1)[0].endswith((".to_k", ".to_v"))
+        }
+        save_file(weights, folder / "weights.safetensors")
+        if self.family != "sd15":
+            reference = {}
+            for index, inputs in enumerate(self.cases(unet)):
+                with torch.no_grad():
+                    output = Call(copy.deepcopy(unet))(**inputs)
+                tensors = {**inputs, OUTPUT: output}
+                reference.update({f"{index}.{name}": value.contiguous() for name, value in tensors.items()})
+            save_file(reference, folder / "reference.safetensors")
+        if self.to_kv:
+            for name, layer in unet.named_modules():
+                if name.endswith("attn2"):
+                    layer.fuse_projections(fuse=True)
+            from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+            unet.set_attn_processor(
+                {
+                    name: FusedAttnProcessor2_0() if ".attn2." in name else AttnProcessor2_0()
+                    for name in unet.attn_processors
+                }
+            )
+        EXPORTERS[self.exporter](unet, folder / "model.onnx")
+
+
+def matrix():
+    """Every fixture by key."""
+    fixtures = [
+        Fixture(f"{family}-{exporter}", family, exporter)
+        for family in ("sd1", "sd2", "sdxl-shallow")
+        for exporter in (
+            "torchscript14",
+            "torchscript17",
+            "torchscript20",
+            "torchscript14-static",
+            "torchscript17-static",
+            "torchscript20-static",
+            "dynamo17",
+            "dynamo18",
+            "dynamo20",
+            "dynamo23",
+            "optimum",
+        )
+    ]
+    fixtures += [
+        Fixture("sdxl-torchscript17", "sdxl", "torchscript17"),
+        Fixture("biased-torchscript17", "sd1", "torchscript17", options=dict(biased=True)),
+        Fixture("biased-dynamo18", "sd1", "dynamo18", options=dict(biased=True)),
+        Fixture("float16-torchscript17", "sd1", "torchscript17", dtype=torch.float16),
+        Fixture("bfloat16-torchscript17", "sd1", "torchscript17", dtype=torch.bfloat16),
+        Fixture("float16-dynamo18", "sd1", "dynamo18", dtype=torch.float16),
+        Fixture("bfloat16-dynamo18", "sd1", "dynamo18", dtype=torch.bfloat16),
+        Fixture("tied-torchscript17", "sd1", "torchscript17", options=dict(tied=True)),
+        Fixture("projected-torchscript17", "sd1", "torchscript17", options=dict(projected=True)),
+        Fixture("to_kv-torchscript17", "sd1", "torchscript17", to_kv=True),
+        Fixture("to_kv-dynamo18", "sd1", "dynamo18", to_kv=True),
+        Fixture("stripped", "sd1", "stripped"),
+        Fixture("fused", "sd1", "fused"),
+        Fixture("fused-packed", "sd1", "fused-packed"),
+        Fixture("quantized-dynamic", "sd1", "quantized-dynamic"),
+        Fixture("quantized-qdq", "sd1", "quantized-qdq"),
+        Fixture("quantized-qoperator", "sd1", "quantized-qoperator"),
+    ]
+    return {fixture.key: fixture for fixture in fixtures}
+
+
+def make(fixture, folder):
+    """Makes a fixture if its folder is not there; it appears there in one piece."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{fixture.key}.", dir=folder.parent))
+    try:
+        fixture.make(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{fixture.key}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("keys", nargs="*", default=["all"], metavar="KEY")
+    parser.add_argument("--out", type=Path, required=True, help="the folder that holds one folder a fixture")
+    parser.add_argument("--exporter", choices=EXPORTERS, default="torchscript17", help="for a family's name as key")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    known = matrix()
+    for key in arguments.keys:
+        if key in FAMILIES:
+            make(Fixture(key, key, arguments.exporter), arguments.out)
+        else:
+            for each in known if key == "all" else [key]:
+                if each not in known:
+                    parser.error(f"no fixture {each!r}; there are {', '.join(known)}")
+                make(known[each], arguments.out / each)
+
+
+if __name__ == "__main__":
+    main()
