@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::fold;
 use super::limits::Limits;
 use super::proto::tensor_shape_proto::dimension;
 use super::proto::{FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TypeProto, type_proto};
@@ -35,7 +36,8 @@ pub(super) fn model(
     for function in &header.functions {
         check.function(function, &header.opset_import, &mut count)?;
     }
-    check.expanded_nodes(graph)
+    check.expanded_nodes(graph)?;
+    fold::check(header, graph, limits)
 }
 
 fn tensors(
@@ -323,6 +325,9 @@ impl<'a> Check<'a> {
     /// that call each other twice make an astronomical graph.
     fn expanded_nodes(&self, graph: &GraphProto) -> Result<()> {
         let mut sizes = vec![FunctionSize::Unknown; self.functions.all.len()];
+        for index in 0..sizes.len() {
+            self.function_size(index, &mut sizes, 0)?;
+        }
         let nodes = self.expanded(&graph.node, &mut sizes, 0)?;
         if nodes > self.limits.nodes as u64 {
             return Err(above("the model with its functions expanded", "nodes", self.limits.nodes));

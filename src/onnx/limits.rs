@@ -39,9 +39,11 @@ pub struct Limits {
     /// models take 2 to 10.
     pub expansion: u64,
     /// Bytes that all values which follow from constants alone may take, because ONNX Runtime computes them while it
-    /// creates a session: the budget for shapes. The model's own constants are not counted. Default 32 MiB, or twice
-    /// the bytes of the model's constants if that is more.
+    /// creates a session: the budget for shapes. Default 32 MiB.
     pub folded_bytes: u64,
+    /// How many times the bytes of the model's own constants those values may take, if that is more than
+    /// [`Limits::folded_bytes`]. Default 8: f16 weights that are cast and transposed take 4.
+    pub folded_expansion: u64,
     /// Folders, besides the model's own, in which external data may lie. Default none.
     pub extra_roots: Vec<PathBuf>,
     /// Whether external data may be a file that has several hard links. Default no: such a link can lead out of the
@@ -67,6 +69,7 @@ impl Default for Limits {
             structure_bytes: 32 << 20,
             expansion: 16,
             folded_bytes: 32 << 20,
+            folded_expansion: 8,
             extra_roots: Vec::new(),
             hard_links: false,
         }

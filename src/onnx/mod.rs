@@ -5,6 +5,7 @@ pub mod build;
 mod check;
 pub mod edit;
 pub mod external;
+mod fold;
 pub mod graph;
 pub mod limits;
 pub mod model;
