@@ -20,6 +20,8 @@ pub struct Binding {
     pointer: NonNull<sys::OrtIoBinding>,
     /// One for each input of the session.
     inputs: Vec<Option<Tensor>>,
+    /// Inputs that were written since they were bound. ONNX Runtime copies host memory to a device when it is bound.
+    written: Vec<bool>,
     /// One for each output of the session.
     outputs: Vec<Output>,
 }
@@ -55,8 +57,9 @@ impl Binding {
         let pointer =
             NonNull::new(pointer).ok_or_else(|| Error::new(Status::RuntimeFailed, "ONNX Runtime made no binding"))?;
         let inputs = vec![None; inner.inputs.len()];
+        let written = vec![false; inputs.len()];
         let outputs = std::iter::repeat_with(Output::default).take(inner.outputs.len()).collect();
-        Ok(Self { inner, pointer, inputs, outputs })
+        Ok(Self { inner, pointer, inputs, written, outputs })
     }
 
     fn input_index(&self, name: &str) -> Result<usize> {
@@ -69,10 +72,15 @@ impl Binding {
         Ok(self.inner.outputs.iter().position(|(port, _)| port.name == name).unwrap_or_default())
     }
 
-    /// Binds an input, in place of what was bound before. About a microsecond.
+    /// Binds an input, in place of what was bound before. About a microsecond for memory where the session runs; other
+    /// memory is copied there.
     pub fn bind_input(&mut self, name: &str, tensor: Tensor) -> Result<()> {
-        let api = self.inner.loaded.api;
         let index = self.input_index(name)?;
+        self.bind_at(index, tensor)
+    }
+
+    fn bind_at(&mut self, index: usize, tensor: Tensor) -> Result<()> {
+        let api = self.inner.loaded.api;
         let (port, c_name) = &self.inner.inputs[index];
         port.check(tensor.dtype(), tensor.shape()).map_err(|error| error.at("input"))?;
         let value = tensor.to_value(api)?;
@@ -80,6 +88,7 @@ impl Binding {
         // takes its place or the binding is gone.
         unsafe { call!(api, BindInput(self.pointer.as_ptr(), c_name.as_ptr(), value.pointer.as_ptr())) }?;
         self.inputs[index] = Some(tensor);
+        self.written[index] = false;
         Ok(())
     }
 
@@ -87,7 +96,10 @@ impl Binding {
     pub fn input_mut<T: Element>(&mut self, name: &str) -> Result<&mut [T]> {
         let index = self.input_index(name)?;
         match &mut self.inputs[index] {
-            Some(tensor) => tensor.as_mut_slice(),
+            Some(tensor) => {
+                self.written[index] = true;
+                tensor.as_mut_slice()
+            }
             None => Err(Error::invalid_argument(format!("input {name:?} is not bound"))),
         }
     }
@@ -143,6 +155,14 @@ impl Binding {
         inner.complete(bound)?;
         if self.outputs.iter().all(|output| matches!(output, Output::Unbound)) {
             return Err(Error::invalid_argument("no output is bound"));
+        }
+        for index in 0..self.inputs.len() {
+            if self.written[index]
+                && inner.provider.device() != Device::Host
+                && let Some(tensor) = self.inputs[index].clone()
+            {
+                self.bind_at(index, tensor)?;
+            }
         }
         let binding = self.pointer.as_ptr();
         for ((port, c_name), output) in inner.outputs.iter().zip(&mut self.outputs) {

@@ -11,13 +11,15 @@ use std::time::Duration;
 
 use ort::sys;
 use parking_lot::{Mutex, MutexGuard};
+use prost::Message;
 
 use super::api::{Api, c_path, c_string, call, text};
 use super::binding::Binding;
 use super::library::{Loaded, LogSink};
 use super::provider::{Provider, ProviderKind};
-use super::tensor::{ElementType, MemoryInfo, Tensor, Value, tensor_info};
+use super::tensor::{Device, ElementType, MemoryInfo, Tensor, Value, tensor_info};
 use crate::error::{Error, Result, Status};
+use crate::onnx::proto;
 use crate::progress::CancelToken;
 
 /// How much a graph is rewritten before it runs.
@@ -162,6 +164,8 @@ pub(super) struct Inner {
     /// Bytes of the model's initializers.
     pub(super) weights: u64,
     gate: Mutex<()>,
+    /// The sessions of [`Session::copy`], by type.
+    copiers: Mutex<Vec<(ElementType, Session)>>,
     _log: Option<Box<LogSink>>,
 }
 
@@ -352,6 +356,7 @@ impl Session {
             shrink: options.shrink,
             weights: source.weights,
             gate: Mutex::new(()),
+            copiers: Mutex::new(Vec::new()),
             _log: raw.log.take(),
         };
         inner.inputs = ports(api, pointer, Side::Input)?;
@@ -457,6 +462,22 @@ impl Session {
         results.into_iter().map(|value| Tensor::from_value(value?, None)).collect()
     }
 
+    /// A copy of a tensor in the memory where the session runs (`to_provider`), or on the host.
+    ///
+    /// ONNX Runtime has no copy of its own for memory of its providers: the copy is a run of a graph of one operator,
+    /// whose session is kept for the next copy of that type.
+    pub fn copy(&self, tensor: &Tensor, to_provider: bool) -> Result<Tensor> {
+        let device = if to_provider { self.inner.provider.device() } else { Device::Host };
+        let copier = self.inner.copier(tensor.dtype())?;
+        let mut binding = copier.bind()?;
+        // A graph's shapes are of fixed rank; a copy does not care for the shape.
+        let flat = tensor.clone().reshaped(&[tensor.len()])?;
+        binding.bind_input("x", flat)?;
+        binding.allocate_output("y", device)?;
+        binding.run(&CancelToken::new())?;
+        binding.output("y")?.clone().reshaped(tensor.shape())
+    }
+
     /// Inputs and outputs that stay bound from run to run.
     pub fn bind(&self) -> Result<Binding> {
         Binding::new(self)
@@ -482,6 +503,19 @@ impl Inner {
             return Ok(());
         }
         Err(Error::invalid_argument(format!("not all inputs are given; missing: {}", missing.join(", "))))
+    }
+
+    fn copier(&self, dtype: ElementType) -> Result<Session> {
+        let mut copiers = self.copiers.lock();
+        if let Some((_, session)) = copiers.iter().find(|(kind, _)| *kind == dtype) {
+            return Ok(session.clone());
+        }
+        let model = identity(dtype).encode_to_vec();
+        let options = SessionOptions { provider: self.provider.clone(), intra_threads: 1, ..SessionOptions::default() };
+        let source = Serialized { model: &model, folder: None, weights: 0 };
+        let session = Session::create(self.loaded, &source, &options, choose_provider(self.loaded, None, &options)?)?;
+        copiers.push((dtype, session.clone()));
+        Ok(session)
     }
 
     /// Bytes handed out now and at most by the provider's arena.
@@ -524,8 +558,8 @@ impl Inner {
             options.set(
                 "memory.enable_memory_arena_shrinkage",
                 &match self.provider.device() {
-                    super::Device::Host => "cpu:0".to_string(),
-                    super::Device::Cuda(id) => format!("cpu:0;gpu:{id}"),
+                    Device::Host => "cpu:0".to_string(),
+                    Device::Cuda(id) => format!("cpu:0;gpu:{id}"),
                 },
             )?;
         }
@@ -593,6 +627,35 @@ impl Drop for RunOptions {
         // SAFETY: ours, released once, after the last hook that refers to it.
         unsafe { ((*self.api.0).ReleaseRunOptions)(self.pointer) }
     }
+}
+
+/// `y = x` for vectors of any length.
+fn identity(dtype: ElementType) -> proto::ModelProto {
+    let port = |name: &str| {
+        let dim = proto::tensor_shape_proto::Dimension {
+            value: Some(proto::tensor_shape_proto::dimension::Value::DimParam("n".into())),
+            ..Default::default()
+        };
+        let shape = proto::TensorShapeProto { dim: vec![dim] };
+        let tensor = proto::type_proto::Tensor { elem_type: Some(dtype as i32), shape: Some(shape) };
+        let kind = proto::TypeProto { value: Some(proto::type_proto::Value::TensorType(tensor)), ..Default::default() };
+        proto::ValueInfoProto { name: Some(name.into()), r#type: Some(kind), ..Default::default() }
+    };
+    let node = proto::NodeProto {
+        op_type: Some("Identity".into()),
+        input: vec!["x".into()],
+        output: vec!["y".into()],
+        ..Default::default()
+    };
+    let graph = proto::GraphProto {
+        name: Some("copy".into()),
+        node: vec![node],
+        input: vec![port("x")],
+        output: vec![port("y")],
+        ..Default::default()
+    };
+    let opset = proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
+    proto::ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() }
 }
 
 pub(super) fn find<'a>(ports: &'a [(Port, CString)], name: &str, side: &str) -> Result<&'a (Port, CString)> {

@@ -112,3 +112,59 @@ pub fn convolutions(external: Option<&str>) -> (Vec<u8>, Vec<u8>) {
         proto::ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() };
     (model.encode_to_vec(), file)
 }
+
+/// `size` x `size` input `x`, multiplied `length` times by one weight and squashed by `Tanh` each time.
+pub fn chain(size: usize, length: usize) -> Vec<u8> {
+    let data: Vec<u8> =
+        (0..size * size).flat_map(|i| ((i as f32 * 0.7).sin() / (size as f32).sqrt()).to_le_bytes()).collect();
+    let weight = proto::TensorProto {
+        name: Some("w".into()),
+        data_type: Some(1),
+        dims: vec![size as i64; 2],
+        raw_data: Some(data.into()),
+        ..Default::default()
+    };
+    let mut nodes = Vec::new();
+    let mut last = "x".to_owned();
+    for i in 0..length {
+        let (product, next) = (format!("p{i}"), if i + 1 == length { "y".into() } else { format!("t{i}") });
+        nodes.push(node("MatMul", &[&last, "w"], &[&product]));
+        nodes.push(node("Tanh", &[&product], &[&next]));
+        last = next;
+    }
+    let shape = [size.to_string(), size.to_string()];
+    let shape = [shape[0].as_str(), shape[1].as_str()];
+    let graph = proto::GraphProto {
+        name: Some("chain".into()),
+        node: nodes,
+        input: vec![value("x", &shape)],
+        output: vec![value("y", &shape)],
+        initializer: vec![weight],
+        ..Default::default()
+    };
+    let opset = proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
+    proto::ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() }
+        .encode_to_vec()
+}
+
+/// Reshapes `x: [n]` to `[2, 2]`, which works for 4 numbers only.
+pub fn broken_reshape() -> Vec<u8> {
+    let shape = proto::TensorProto {
+        name: Some("shape".into()),
+        data_type: Some(7),
+        dims: vec![2],
+        int64_data: vec![2, 2],
+        ..Default::default()
+    };
+    let graph = proto::GraphProto {
+        name: Some("reshape".into()),
+        node: vec![node("Reshape", &["x", "shape"], &["y"])],
+        input: vec![value("x", &["n"])],
+        output: vec![value("y", &["2", "2"])],
+        initializer: vec![shape],
+        ..Default::default()
+    };
+    let opset = proto::OperatorSetIdProto { version: Some(17), ..Default::default() };
+    proto::ModelProto { ir_version: Some(8), opset_import: vec![opset], graph: Some(graph), ..Default::default() }
+        .encode_to_vec()
+}
