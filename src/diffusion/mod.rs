@@ -4,5 +4,10 @@
 //! This room knows nothing of ONNX Runtime's types; it speaks to [`crate::runtime`]. What a concept is, is decided below,
 //! in [`crate::concept`].
 
+mod folder;
+pub mod guidance;
 pub mod noise;
+pub mod pipeline;
+mod precision;
 pub mod schedule;
+pub mod unet;

@@ -104,6 +104,13 @@ impl Binding {
         }
     }
 
+    /// Gives a bound input back, to be written elsewhere and bound again; until then the binding can't run. A device's
+    /// copy of a host tensor is made when it is bound, so that this is how such an input changes.
+    pub fn take_input(&mut self, name: &str) -> Result<Tensor> {
+        let index = self.input_index(name)?;
+        self.inputs[index].take().ok_or_else(|| Error::invalid_argument(format!("input {name:?} is not bound")))
+    }
+
     /// Lets each run write an output into this tensor. Its memory must not be shared with a clone.
     pub fn bind_output(&mut self, name: &str, tensor: Tensor) -> Result<()> {
         let api = self.inner.loaded.api;

@@ -1,0 +1,703 @@
+//! Text to image over a folder in the diffusers layout, exported to ONNX.
+//!
+//! ```text
+//! model_index.json
+//! scheduler/scheduler_config.json
+//! unet/model.onnx               config.json: sample_size, down_block_types
+//! text_encoder/model.onnx       tokenizer/   tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
+//! text_encoder_2/model.onnx     tokenizer_2/                           (SDXL)
+//! vae_decoder/model.onnx        config.json: scaling_factor, shift_factor, block_out_channels
+//! vae_encoder/model.onnx                                               (image-to-image only)
+//! ```
+//!
+//! Without a `vae_decoder/` the states are the images themselves, in `[-1, 1]`. Other files are left alone: names come
+//! from this list, never from a file.
+
+mod text;
+mod tokenizer;
+mod vae;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::folder::Folder;
+use super::guidance::{Guidance, Noise, OnStep, Walk};
+use super::schedule::{Plan, PlanOptions, Sampler, SchedulerConfig};
+use super::unet::{Conditioning, Unet, UnetOptions};
+use crate::concept::{Composition, GatheredConcept, Rows};
+use crate::error::{Error, Result};
+use crate::progress::{CancelToken, Job};
+use crate::runtime::{ProviderKind, Runtime};
+
+pub use text::Embedding;
+pub use tokenizer::{MAX_PROMPT_BYTES, MAX_PROMPT_CHUNKS, PromptTokenizer, TokenizedPrompt, open_tokenizer};
+pub use vae::Images;
+
+use text::TextEncoder;
+use vae::Vae;
+
+/// The most images of one draw.
+pub const MAX_BATCH: usize = 256;
+/// The longest side of an image in pixels.
+pub const MAX_SIDE: usize = 16_384;
+
+/// How many prompt encodings are kept for the next draw.
+const KEPT_EMBEDDINGS: usize = 16;
+const MAX_SCHEDULER_BYTES: u64 = 4 << 20;
+
+/// What a draw starts from.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Start<'a> {
+    /// Pure noise.
+    #[default]
+    Noise,
+    /// Clean latents `[B, C, h, w]`, or one `[1, C, h, w]` for all, noised to the given step.
+    Latents {
+        /// The values, scaled as the UNet sees them.
+        values: &'a [f32],
+        /// The first step that is run.
+        step: usize,
+    },
+    /// One image for all, or one for each, of the drawn size, noised to the given step.
+    Images {
+        /// The pictures.
+        images: &'a Images,
+        /// The first step that is run.
+        step: usize,
+    },
+}
+
+/// What to draw. [`DrawOptions::new`] has the defaults.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct DrawOptions<'a> {
+    /// One or more prompts. Images come prompt by prompt.
+    pub prompts: Vec<String>,
+    /// What to steer away from, for all prompts. `None` is the empty prompt, or the zero encoding for a pipeline that was
+    /// trained with it (SDXL).
+    pub negative_prompt: Option<String>,
+    /// Images of each prompt.
+    pub images_per_prompt: usize,
+    /// Columns of an image in pixels; `None` for what the model was trained on.
+    pub width: Option<usize>,
+    /// Rows of an image in pixels; `None` for what the model was trained on.
+    pub height: Option<usize>,
+    /// Steps of the whole walk.
+    pub steps: usize,
+    /// Guidance. With a UNet that embeds its scale, there is no unconditional pass.
+    pub guidance: Guidance,
+    /// The sampler; `None` for the folder's.
+    pub sampler: Option<Sampler>,
+    /// Whether Euler and DPM++ 2M use Karras sigmas; `None` for what the folder says.
+    pub karras: Option<bool>,
+    /// DDIM's noise, in `[0, 1]`.
+    pub eta: f64,
+    /// The seed of all noise; image `i` of the draw has the noise of image `first_image + i` of this seed.
+    pub seed: u64,
+    /// See [`DrawOptions::seed`].
+    pub first_image: u32,
+    /// Start noise `[B, C, h, w]` in place of the seed's.
+    pub noise: Option<&'a [f32]>,
+    /// What the walk starts from.
+    pub start: Start<'a>,
+    /// The class, for a UNet that takes one.
+    pub class_label: i64,
+    /// SDXL's original size (height, width); `None` for the drawn one.
+    pub original_size: Option<(usize, usize)>,
+    /// SDXL's crop (top, left).
+    pub crop: (usize, usize),
+    /// SDXL's target size (height, width); `None` for the drawn one.
+    pub target_size: Option<(usize, usize)>,
+}
+
+impl DrawOptions<'_> {
+    /// One image of a prompt: 25 steps, guidance 7.5, seed 0.
+    pub fn new(prompt: impl Into<String>) -> Self {
+        Self {
+            prompts: vec![prompt.into()],
+            negative_prompt: None,
+            images_per_prompt: 1,
+            width: None,
+            height: None,
+            steps: 25,
+            guidance: Guidance::default(),
+            sampler: None,
+            karras: None,
+            eta: 0.0,
+            seed: 0,
+            first_image: 0,
+            noise: None,
+            start: Start::Noise,
+            class_label: 0,
+            original_size: None,
+            crop: (0, 0),
+            target_size: None,
+        }
+    }
+}
+
+/// A concept that shapes what a pipeline draws.
+#[derive(Clone)]
+pub struct AppliedConcept {
+    /// The concept, gathered from [`Unet::projections`].
+    pub concept: GatheredConcept,
+    /// Share of each weight that is taken away, in `[0, 1]`.
+    pub strength: f32,
+    /// Where it acts.
+    pub scope: ConceptScope,
+}
+
+/// Where a concept acts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConceptScope {
+    /// On every token of every prompt, the unconditional one too (Cones).
+    Global,
+    /// On the tokens of these words in the conditional prompts: the subject's word and its class noun.
+    Words(Vec<String>),
+    /// On these rows of the conditional prompts' encodings.
+    Tokens(Vec<usize>),
+}
+
+/// What a pipeline is, in copies that answer while a draw runs.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct PipelineInfo {
+    /// Default columns of an image.
+    pub width: usize,
+    /// Default rows of an image.
+    pub height: usize,
+    /// Sides are multiples of this.
+    pub side_multiple: usize,
+    /// Channels of a latent.
+    pub latent_channels: usize,
+    /// Pixels of a latent's side; 1 for a model in pixel space.
+    pub latent_factor: usize,
+    /// Tokens of a prompt's chunk; 0 for a model without text.
+    pub chunk_tokens: usize,
+    /// What runs the UNet.
+    pub provider: ProviderKind,
+    /// Whether images can be encoded, for image-to-image.
+    pub encodes_images: bool,
+}
+
+/// A text-to-image model. One draw at a time.
+pub struct Pipeline {
+    unet: Unet,
+    encoders: Vec<TextEncoder>,
+    decoder: Option<Vae>,
+    encoder: Option<Vae>,
+    scheduler: Vec<u8>,
+    /// Whether the missing negative prompt is encoded as zeros.
+    zero_negative: bool,
+    info: PipelineInfo,
+    concepts: Vec<AppliedConcept>,
+    embeddings: Vec<(String, usize, Arc<Embedding>)>,
+}
+
+impl Pipeline {
+    /// Opens a folder in the layout above.
+    ///
+    /// # Errors
+    /// [`crate::Status::NotFound`] for a part that is missing, [`crate::Status::InvalidFile`] for one that is damaged,
+    /// [`crate::Status::Unsupported`] for one that is not handled; each names the file.
+    pub fn open(runtime: &Runtime, folder: impl AsRef<Path>, options: &UnetOptions) -> Result<Self> {
+        let folder = Folder::open(folder.as_ref())?;
+        let index = folder
+            .json("model_index.json")?
+            .ok_or_else(|| Error::not_found(format!("{} is missing", folder.name("model_index.json"))))?;
+        let scheduler_folder = required(&folder, "scheduler")?;
+        let scheduler = scheduler_folder.read("scheduler_config.json", MAX_SCHEDULER_BYTES)?.ok_or_else(|| {
+            Error::not_found(format!("{} is missing", scheduler_folder.name("scheduler_config.json")))
+        })?;
+        let encoders = open_encoders(runtime, &folder, options)?;
+        let vae = |name: &str| {
+            folder
+                .inner(name)?
+                .map(|part| Vae::open(runtime, &folder, &part, &options.session, &options.limits))
+                .transpose()
+        };
+        let (decoder, encoder) = (vae("vae_decoder")?, vae("vae_encoder")?);
+        let unet_folder = required(&folder, "unet")?;
+        let unet = Unet::open(runtime, unet_folder.path("model.onnx"), options)?;
+        let config = unet_folder.json("config.json")?.unwrap_or(Value::Null);
+        let info = describe(&unet, &config, &encoders, decoder.as_ref(), encoder.as_ref())
+            .map_err(|error| error.at(unet_folder.name("config.json")))?;
+        Ok(Self {
+            unet,
+            encoders,
+            decoder,
+            encoder,
+            scheduler,
+            zero_negative: index.get("force_zeros_for_empty_prompt").and_then(Value::as_bool).unwrap_or(false),
+            info,
+            concepts: Vec::new(),
+            embeddings: Vec::new(),
+        })
+    }
+
+    /// Sizes and the like.
+    pub fn info(&self) -> &PipelineInfo {
+        &self.info
+    }
+
+    /// The UNet, for its projections and for hosts with a sampler of their own.
+    pub fn unet(&self) -> &Unet {
+        &self.unet
+    }
+
+    /// See [`Pipeline::unet`]. The next draw sets conditioning and composition anew.
+    pub fn unet_mut(&mut self) -> &mut Unet {
+        &mut self.unet
+    }
+
+    /// The first tokenizer, which counts the rows of encodings.
+    pub fn tokenizer(&self) -> Option<&PromptTokenizer> {
+        self.encoders.first().map(|encoder| &encoder.tokenizer)
+    }
+
+    /// The scheduler of the folder, or with another sampler.
+    ///
+    /// # Errors
+    /// Those of [`SchedulerConfig::from_json`].
+    pub fn scheduler(&self, sampler: Option<Sampler>) -> Result<SchedulerConfig> {
+        SchedulerConfig::from_json(&self.scheduler, sampler)
+            .map_err(|error| error.at("scheduler/scheduler_config.json"))
+    }
+
+    /// The concepts of the coming draws, until they are set again. None is the base model, bit for bit.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] for a strength outside `[0, 1]`; [`crate::Status::Unsupported`] if this UNet's
+    /// keys and values can't be composed.
+    pub fn set_concepts(&mut self, concepts: Vec<AppliedConcept>) -> Result<()> {
+        // Checks strengths and the UNet now rather than in the next draw.
+        let mut composition = Composition::new();
+        for applied in &concepts {
+            composition.push(applied.concept.clone(), applied.strength, Rows::All)?;
+        }
+        self.unet.set_composition(composition)?;
+        self.concepts = concepts;
+        Ok(())
+    }
+
+    /// The concepts of the coming draws.
+    pub fn concepts(&self) -> &[AppliedConcept] {
+        &self.concepts
+    }
+
+    /// Encodes a prompt of any length.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] if the UNet's text input has a fixed length that the prompt exceeds (naming the
+    /// range) or there is no text encoder; those of [`PromptTokenizer::tokenize`]; [`crate::Status::Cancelled`].
+    pub fn encode_prompt(&mut self, prompt: &str, cancel: &CancelToken) -> Result<Arc<Embedding>> {
+        self.embed(prompt, 1, cancel)
+    }
+
+    fn embed(&mut self, prompt: &str, chunks: usize, cancel: &CancelToken) -> Result<Arc<Embedding>> {
+        let kept = self.embeddings.iter().position(|(text, least, _)| text == prompt && *least == chunks);
+        if let Some(kept) = kept {
+            let kept = self.embeddings.remove(kept);
+            let embedding = kept.2.clone();
+            self.embeddings.push(kept);
+            return Ok(embedding);
+        }
+        if let (Some(fixed), Some(encoder)) = (self.unet.shape().tokens, self.encoders.first()) {
+            let tokens = encoder.tokenizer.tokenize(prompt)?;
+            let length = encoder.tokenizer.length();
+            if tokens.chunks().len().max(chunks) * length != fixed {
+                return Err(Error::invalid_argument(format!(
+                    "the prompt has {} tokens in {} chunks of {length}; this UNet takes exactly {fixed} rows, which is \
+                     {} such chunks",
+                    tokens.own_tokens(),
+                    tokens.chunks().len(),
+                    fixed / length
+                )));
+            }
+        }
+        let embedding = Arc::new(text::encode(&self.encoders, prompt, chunks, cancel)?);
+        if self.embeddings.len() >= KEPT_EMBEDDINGS {
+            self.embeddings.remove(0);
+        }
+        self.embeddings.push((prompt.to_owned(), chunks, embedding.clone()));
+        Ok(embedding)
+    }
+
+    /// Draws images, prompt by prompt.
+    ///
+    /// The result depends on the options and the concepts alone, not on threads of this library or on earlier draws.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] with the range that was left; those of [`Walk::run`]; of the encoders and the
+    /// decoder.
+    pub fn draw(
+        &mut self,
+        options: &DrawOptions<'_>,
+        on_step: Option<OnStep<'_>>,
+        job: &mut Job<'_>,
+    ) -> Result<Images> {
+        let (latents, shape) = self.draw_latents(options, on_step, job)?;
+        self.decode(&latents, shape, job)
+    }
+
+    /// As [`Pipeline::draw`], but gives the clean latents and their shape `[B, C, h, w]`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn draw_latents(
+        &mut self,
+        options: &DrawOptions<'_>,
+        on_step: Option<OnStep<'_>>,
+        job: &mut Job<'_>,
+    ) -> Result<(Vec<f32>, [usize; 4])> {
+        options.guidance.check()?;
+        let batch = options.prompts.len().checked_mul(options.images_per_prompt).unwrap_or(usize::MAX);
+        if batch == 0 || batch > MAX_BATCH {
+            return Err(Error::invalid_argument(format!(
+                "{} prompts with {} images each: the images of a draw must number 1..={MAX_BATCH}",
+                options.prompts.len(),
+                options.images_per_prompt
+            )));
+        }
+        let (height, width) = self.size(options)?;
+        let factor = self.info.latent_factor;
+        let shape = [batch, self.info.latent_channels, height / factor, width / factor];
+        let config = self.plan_config(options)?;
+        let start = match options.start {
+            Start::Noise => 0,
+            Start::Latents { step, .. } | Start::Images { step, .. } => step,
+        };
+        let plan = Plan::new(&config, PlanOptions { steps: options.steps, start, eta: options.eta })?;
+        let embedded_guidance = self.unet.guidance_features();
+        let guidance = match embedded_guidance {
+            Some(_) => Guidance { scale: 1.0, rescale: 0.0 },
+            None => options.guidance,
+        };
+        let texts = self.texts(options, guidance.needs_unconditional(), &job.cancel)?;
+        let conditioning = self.conditioning(options, &texts, (height, width), embedded_guidance)?;
+        let composition = self.composition(&texts, options)?;
+        self.unet.set_composition(composition)?;
+        let clean = self.clean(options, shape, &job.cancel)?;
+        let walk = Walk {
+            shape,
+            plan,
+            guidance,
+            conditioning: &conditioning,
+            noise: Noise { seed: options.seed, first_image: options.first_image, start: options.noise, step: None },
+            clean: clean.as_deref(),
+            on_step,
+        };
+        Ok((walk.run(&mut self.unet, job)?, shape))
+    }
+
+    /// Images of latents `[B, C, h, w]`.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] for other shapes; those of the decoder.
+    pub fn decode(&self, latents: &[f32], shape: [usize; 4], job: &mut Job<'_>) -> Result<Images> {
+        let Some(decoder) = &self.decoder else {
+            return Images::from_planes(latents, shape);
+        };
+        let [batch, channels, height, width] = shape;
+        let size = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size));
+        if size != Some(latents.len()) || latents.is_empty() {
+            return Err(Error::invalid_argument(format!("{} values are no latents of shape {shape:?}", latents.len())));
+        }
+        let mut images: Option<Images> = None;
+        // One by one: a decoder takes far more memory for an image than a UNet does.
+        for (index, latent) in latents.chunks_exact(latents.len() / batch).enumerate() {
+            job.step("decode", index as u64, batch as u64)?;
+            let (planes, shape) = decoder.decode(latent, [1, channels, height, width], &job.cancel)?;
+            let image = Images::from_planes(&planes, shape).map_err(|error| error.at("VAE decoder"))?;
+            match &mut images {
+                None => images = Some(image),
+                Some(images) => {
+                    images.count += 1;
+                    images.rgb.extend(image.rgb);
+                }
+            }
+        }
+        job.step("decode", batch as u64, batch as u64)?;
+        images.ok_or_else(|| Error::invalid_argument("there are no latents to decode"))
+    }
+
+    /// Height and width in pixels.
+    fn size(&self, options: &DrawOptions<'_>) -> Result<(usize, usize)> {
+        let multiple = self.info.side_multiple;
+        let fixed = self.unet.shape();
+        let side = |name: &str, wanted: Option<usize>, default: usize, fixed: Option<usize>| {
+            let side = wanted.unwrap_or(default);
+            let fixed = fixed.map(|latent| latent * self.info.latent_factor);
+            let range = match fixed {
+                Some(fixed) => fixed.to_string(),
+                None => format!("a multiple of {multiple} in {multiple}..={MAX_SIDE}"),
+            };
+            let fits = match fixed {
+                Some(fixed) => side == fixed,
+                None => side > 0 && side <= MAX_SIDE && side.is_multiple_of(multiple),
+            };
+            if fits { Ok(side) } else { Err(Error::invalid_argument(format!("{name} is {side}, must be {range}"))) }
+        };
+        Ok((
+            side("height", options.height, self.info.height, fixed.height)?,
+            side("width", options.width, self.info.width, fixed.width)?,
+        ))
+    }
+
+    fn plan_config(&self, options: &DrawOptions<'_>) -> Result<SchedulerConfig> {
+        let mut config = self.scheduler(options.sampler)?;
+        if let Some(karras) = options.karras {
+            if karras && !matches!(config.sampler, Sampler::Euler | Sampler::DpmMultistep) {
+                return Err(Error::invalid_argument(format!(
+                    "Karras sigmas are for Euler and DPM++ 2M, not for {}",
+                    config.sampler.class_name()
+                )));
+            }
+            config.karras = karras;
+        }
+        Ok(config)
+    }
+
+    /// Encodings of the prompts, then of the negative prompt if it is needed, all of one length.
+    fn texts(&mut self, options: &DrawOptions<'_>, guided: bool, cancel: &CancelToken) -> Result<Texts> {
+        if self.encoders.is_empty() {
+            return Ok(Texts { prompts: Vec::new(), negative: None });
+        }
+        let negative = guided.then(|| options.negative_prompt.as_deref().unwrap_or(""));
+        let mut chunks = 1;
+        for prompt in options.prompts.iter().map(String::as_str).chain(negative) {
+            for encoder in &self.encoders {
+                chunks = chunks.max(encoder.tokenizer.tokenize(prompt)?.chunks().len());
+            }
+        }
+        let prompts: Vec<Arc<Embedding>> =
+            options.prompts.iter().map(|prompt| self.embed(prompt, chunks, cancel)).collect::<Result<_>>()?;
+        let mut negative = negative.map(|negative| self.embed(negative, chunks, cancel)).transpose()?;
+        if let Some(negative) = &mut negative
+            && self.zero_negative
+            && options.negative_prompt.is_none()
+        {
+            let zero = Arc::make_mut(negative);
+            zero.context.fill(0.0);
+            zero.pooled.iter_mut().for_each(|pooled| pooled.fill(0.0));
+        }
+        Ok(Texts { prompts, negative })
+    }
+
+    fn conditioning(
+        &self,
+        options: &DrawOptions<'_>,
+        texts: &Texts,
+        (height, width): (usize, usize),
+        embedded_guidance: Option<usize>,
+    ) -> Result<Conditioning> {
+        let images = options.images_per_prompt;
+        let mut entries: Vec<&Embedding> = Vec::new();
+        if let Some(negative) = &texts.negative {
+            entries.resize(options.prompts.len() * images, negative);
+        }
+        texts.prompts.iter().for_each(|prompt| entries.extend(std::iter::repeat_n(&**prompt, images)));
+        // A model without text is unconditional: its batch is doubled only by guidance, which it has no use for.
+        let batch = if entries.is_empty() { options.prompts.len() * images } else { entries.len() };
+        if entries.is_empty() && options.guidance.needs_unconditional() && embedded_guidance.is_none() {
+            return Err(Error::invalid_argument("this model takes no text: the guidance scale must be 1"));
+        }
+        let mut conditioning = Conditioning {
+            batch,
+            tokens: entries.first().map_or(0, |entry| entry.tokens),
+            context: entries.iter().flat_map(|entry| entry.context.iter().copied()).collect(),
+            ..Conditioning::default()
+        };
+        if self.unet.takes_sizes() {
+            let pooled: Option<Vec<f32>> = entries
+                .iter()
+                .map(|entry| entry.pooled.as_ref())
+                .collect::<Option<Vec<_>>>()
+                .map(|pooled| pooled.into_iter().flatten().copied().collect());
+            conditioning.text_embeds = Some(
+                pooled.ok_or_else(|| Error::unsupported("the UNet needs text_embeds, which no text encoder makes"))?,
+            );
+            let (original, target) =
+                (options.original_size.unwrap_or((height, width)), options.target_size.unwrap_or((height, width)));
+            let sizes = [original.0, original.1, options.crop.0, options.crop.1, target.0, target.1];
+            conditioning.time_ids = Some(sizes.map(|size| size as f32).repeat(batch));
+        }
+        if self.unet.takes_class_labels() {
+            conditioning.class_labels = Some(vec![options.class_label; batch]);
+        }
+        if let Some(features) = embedded_guidance {
+            conditioning.timestep_cond = Some(embed_guidance(options.guidance.scale - 1.0, features).repeat(batch));
+        }
+        Ok(conditioning)
+    }
+
+    fn composition(&self, texts: &Texts, options: &DrawOptions<'_>) -> Result<Composition> {
+        let images = options.images_per_prompt;
+        let first = if texts.negative.is_some() { texts.prompts.len() * images } else { 0 };
+        let mut composition = Composition::new();
+        for applied in &self.concepts {
+            let rows = match &applied.scope {
+                ConceptScope::Global => Rows::All,
+                ConceptScope::Words(words) => {
+                    let mut rows = Vec::new();
+                    for (prompt, text) in texts.prompts.iter().enumerate() {
+                        let tokens: Vec<usize> = words.iter().flat_map(|word| text.prompt.rows_of(word)).collect();
+                        for image in 0..images {
+                            rows.extend(tokens.iter().map(|token| (first + prompt * images + image, *token)));
+                        }
+                    }
+                    if rows.is_empty() {
+                        return Err(Error::invalid_argument(format!(
+                            "a concept acts on the words {} only, and none of them is in {}",
+                            quoted(words),
+                            quoted(&options.prompts)
+                        )));
+                    }
+                    Rows::Only(rows)
+                }
+                ConceptScope::Tokens(tokens) => Rows::Only(
+                    (first..first + texts.prompts.len() * images)
+                        .flat_map(|entry| tokens.iter().map(move |token| (entry, *token)))
+                        .collect(),
+                ),
+            };
+            composition.push(applied.concept.clone(), applied.strength, rows)?;
+        }
+        Ok(composition)
+    }
+
+    /// The clean states that the walk begins from.
+    fn clean(&self, options: &DrawOptions<'_>, shape: [usize; 4], cancel: &CancelToken) -> Result<Option<Vec<f32>>> {
+        let [batch, channels, height, width] = shape;
+        let values = match options.start {
+            Start::Noise => return Ok(None),
+            Start::Latents { values, .. } => values.to_vec(),
+            Start::Images { images, .. } => {
+                let factor = self.info.latent_factor;
+                if (images.height, images.width) != (height * factor, width * factor) {
+                    return Err(Error::invalid_argument(format!(
+                        "the start image has {} x {} pixels, {} x {} are drawn",
+                        images.width,
+                        images.height,
+                        width * factor,
+                        height * factor
+                    )));
+                }
+                let planes = images.to_planes()?;
+                match (&self.encoder, &self.decoder) {
+                    (Some(encoder), _) => {
+                        let planes_shape = [images.count, 3, images.height, images.width];
+                        let (latents, given) = encoder.encode(&planes, planes_shape, channels, cancel)?;
+                        if given[2..] != shape[2..] {
+                            return Err(Error::unsupported(format!(
+                                "the VAE encoder gives {given:?}, the UNet takes {shape:?}"
+                            )));
+                        }
+                        latents
+                    }
+                    (None, None) => planes,
+                    (None, Some(_)) => {
+                        return Err(Error::not_found("an image can't be the start: the folder has no vae_encoder"));
+                    }
+                }
+            }
+        };
+        let one = channels * height * width;
+        if values.len() == one {
+            Ok(Some(values.repeat(batch)))
+        } else if values.len() == one * batch {
+            Ok(Some(values))
+        } else {
+            Err(Error::invalid_argument(format!(
+                "the start has {} values, {shape:?} needs {} or, for one that all share, {one}",
+                values.len(),
+                one * batch
+            )))
+        }
+    }
+}
+
+/// Encodings of a draw.
+struct Texts {
+    prompts: Vec<Arc<Embedding>>,
+    negative: Option<Arc<Embedding>>,
+}
+
+fn quoted(words: &[String]) -> String {
+    words.iter().map(|word| format!("{word:?}")).collect::<Vec<_>>().join(", ")
+}
+
+fn required(folder: &Folder, name: &str) -> Result<Folder> {
+    folder.inner(name)?.ok_or_else(|| Error::not_found(format!("{} is missing", folder.name(name))))
+}
+
+fn open_encoders(runtime: &Runtime, folder: &Folder, options: &UnetOptions) -> Result<Vec<TextEncoder>> {
+    let mut encoders = Vec::new();
+    let two = folder.inner("text_encoder_2")?.is_some();
+    for (encoder, tokenizer) in [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")] {
+        let Some(encoder) = folder.inner(encoder)? else { continue };
+        let tokenizer = required(folder, tokenizer)?;
+        encoders.push(TextEncoder::open(runtime, &encoder, &tokenizer, two, &options.session, &options.limits)?);
+    }
+    let lengths: Vec<usize> = encoders.iter().map(|encoder| encoder.tokenizer.length()).collect();
+    if lengths.windows(2).any(|pair| pair[0] != pair[1]) {
+        return Err(Error::unsupported(format!("the tokenizers make chunks of {lengths:?} tokens")));
+    }
+    Ok(encoders)
+}
+
+fn describe(
+    unet: &Unet,
+    config: &Value,
+    encoders: &[TextEncoder],
+    decoder: Option<&Vae>,
+    encoder: Option<&Vae>,
+) -> Result<PipelineInfo> {
+    let whole = |name: &str, value: &Value, most: u64| match value.as_u64() {
+        Some(number) if (1..=most).contains(&number) => Ok(number as usize),
+        _ => Err(Error::invalid_file(format!("{name} is {value}, must be a whole number in 1..={most}"))),
+    };
+    let factor = decoder.map_or(1, |decoder| decoder.factor);
+    let most = (MAX_SIDE / factor) as u64;
+    let (height, width) = match config.get("sample_size") {
+        None | Some(Value::Null) => (64, 64),
+        Some(Value::Array(sides)) if sides.len() == 2 => {
+            (whole("sample_size", &sides[0], most)?, whole("sample_size", &sides[1], most)?)
+        }
+        Some(side) => (whole("sample_size", side, most)?, whole("sample_size", side, most)?),
+    };
+    let shape = unet.shape();
+    let latent_channels = match (shape.channels, config.get("in_channels")) {
+        (Some(channels), _) => channels,
+        (None, Some(channels)) => whole("in_channels", channels, 1024)?,
+        (None, None) => return Err(Error::invalid_file("neither the graph nor in_channels tells the channels")),
+    };
+    if decoder.is_none() && latent_channels != 3 {
+        return Err(Error::not_found(format!(
+            "a UNet of {latent_channels} channels draws latents, and the folder has no vae_decoder"
+        )));
+    }
+    Ok(PipelineInfo {
+        width: shape.width.unwrap_or(width) * factor,
+        height: shape.height.unwrap_or(height) * factor,
+        side_multiple: unet.shape().multiple * factor,
+        latent_channels,
+        latent_factor: factor,
+        chunk_tokens: encoders.first().map_or(0, |encoder| encoder.tokenizer.length()),
+        provider: unet.session().provider(),
+        encodes_images: encoder.is_some() || decoder.is_none(),
+    })
+}
+
+/// The sinusoidal embedding of `1000 w` that distilled models take (arXiv 2310.04378, appendix; as for timesteps in
+/// arXiv 1706.03762, section 3.5): sines, then cosines.
+fn embed_guidance(w: f64, features: usize) -> Vec<f32> {
+    let half = features / 2;
+    let angle = |index: usize| 1000.0 * w * libm::exp(-libm::log(10_000.0) * index as f64 / (half.max(2) - 1) as f64);
+    let mut embedding: Vec<f32> = (0..half).map(|index| libm::sin(angle(index)) as f32).collect();
+    embedding.extend((0..half).map(|index| libm::cos(angle(index)) as f32));
+    embedding.resize(features, 0.0);
+    embedding
+}

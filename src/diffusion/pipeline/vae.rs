@@ -1,0 +1,183 @@
+//! The variational autoencoder between latents and images, and images as 8-bit RGB.
+
+use serde_json::Value;
+
+use crate::diffusion::folder::Folder;
+use crate::diffusion::precision;
+use crate::error::{Error, Result};
+use crate::onnx::{Limits, Model};
+use crate::progress::CancelToken;
+use crate::runtime::{Runtime, Session, SessionOptions};
+
+/// Pictures of one size, 8-bit RGB, row by row from the top: `[count, height, width, 3]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Images {
+    /// How many.
+    pub count: usize,
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// `count * height * width * 3` bytes.
+    pub rgb: Vec<u8>,
+}
+
+impl Images {
+    /// From planes `[count, 3, height, width]` with values in `[-1, 1]`; others are clamped.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] unless there are three channels and as many values as the shape says.
+    pub fn from_planes(planes: &[f32], shape: [usize; 4]) -> Result<Self> {
+        let [count, channels, height, width] = shape;
+        let size = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size));
+        if channels != 3 || size != Some(planes.len()) {
+            return Err(Error::invalid_argument(format!(
+                "{} values of shape {shape:?} are no RGB images [count, 3, height, width]",
+                planes.len()
+            )));
+        }
+        let mut rgb = Vec::new();
+        rgb.try_reserve_exact(planes.len())?;
+        let area = height * width;
+        for image in planes.chunks_exact((3 * area).max(1)) {
+            for pixel in 0..area {
+                for channel in 0..3 {
+                    let value = (f64::from(image[channel * area + pixel]) / 2.0 + 0.5).clamp(0.0, 1.0);
+                    rgb.push((value * 255.0).round_ties_even() as u8);
+                }
+            }
+        }
+        Ok(Self { count, height, width, rgb })
+    }
+
+    /// Planes `[count, 3, height, width]` with values in `[-1, 1]`.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] if the number of bytes is not that of the sizes.
+    pub fn to_planes(&self) -> Result<Vec<f32>> {
+        let size = [self.count, self.height, self.width, 3].iter().try_fold(1_usize, |p, size| p.checked_mul(*size));
+        if size != Some(self.rgb.len()) || self.rgb.is_empty() {
+            return Err(Error::invalid_argument(format!(
+                "{} bytes are not {} RGB images of {} x {} pixels",
+                self.rgb.len(),
+                self.count,
+                self.width,
+                self.height
+            )));
+        }
+        let mut planes = Vec::new();
+        planes.try_reserve_exact(self.rgb.len())?;
+        for image in self.rgb.chunks_exact(3 * self.height * self.width) {
+            for channel in 0..3 {
+                planes.extend(image.iter().skip(channel).step_by(3).map(|byte| f32::from(*byte) / 127.5 - 1.0));
+            }
+        }
+        Ok(planes)
+    }
+}
+
+/// One half of the autoencoder.
+pub(super) struct Vae {
+    pub(super) session: Session,
+    /// Latents are the encoder's times this.
+    scaling: f64,
+    /// The encoder's latents are moved by this first.
+    shift: f64,
+    /// Pixels of a latent's side.
+    pub(super) factor: usize,
+}
+
+impl Vae {
+    /// Opens `folder/model.onnx`; the figures are in `folder/config.json`, or in `vae/config.json` of the pipeline.
+    pub(super) fn open(
+        runtime: &Runtime,
+        pipeline: &Folder,
+        folder: &Folder,
+        session: &SessionOptions,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let path = folder.path("model.onnx");
+        let model = Model::open(&path, limits).map_err(|e| e.at(path.display()))?;
+        let session = runtime.session(&model, session).map_err(|e| e.at(path.display()))?;
+        if session.inputs().len() != 1 {
+            let names: Vec<&str> = session.inputs().map(|port| port.name.as_str()).collect();
+            return Err(Error::unsupported(format!("{} has the inputs {}", path.display(), names.join(", "))));
+        }
+        let config = match folder.json("config.json")? {
+            Some(config) => config,
+            None => match pipeline.inner("vae")? {
+                Some(vae) => vae.json("config.json")?.unwrap_or(Value::Null),
+                None => Value::Null,
+            },
+        };
+        let number = |name: &str, default: f64| match config.get(name) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value
+                .as_f64()
+                .filter(|value| value.is_finite())
+                .ok_or_else(|| Error::invalid_file(format!("{}: {name} is {value}", folder.name("config.json")))),
+        };
+        let scaling = number("scaling_factor", 0.18215)?;
+        if !(1e-6..=1e6).contains(&scaling) {
+            return Err(Error::invalid_file(format!("{}: scaling_factor is {scaling}", folder.name("config.json"))));
+        }
+        let levels = config.get("block_out_channels").and_then(Value::as_array).map_or(4, Vec::len);
+        if !(1..=8).contains(&levels) {
+            return Err(Error::invalid_file(format!(
+                "{}: block_out_channels has {levels} entries, must have 1..=8",
+                folder.name("config.json")
+            )));
+        }
+        Ok(Self { session, scaling, shift: number("shift_factor", 0.0)?, factor: 1 << (levels - 1) })
+    }
+
+    /// Planes `[1, 3, H, W]` of latents `[1, C, h, w]`.
+    pub(super) fn decode(
+        &self,
+        latent: &[f32],
+        shape: [usize; 4],
+        cancel: &CancelToken,
+    ) -> Result<(Vec<f32>, [usize; 4])> {
+        let unscaled: Vec<f32> =
+            latent.iter().map(|value| (f64::from(*value) / self.scaling + self.shift) as f32).collect();
+        self.run(&unscaled, shape, cancel).map_err(|e| e.at("VAE decoder"))
+    }
+
+    /// Latents `[B, C, h, w]` of planes `[B, 3, H, W]`: the mean of the posterior, scaled.
+    pub(super) fn encode(
+        &self,
+        planes: &[f32],
+        shape: [usize; 4],
+        channels: usize,
+        cancel: &CancelToken,
+    ) -> Result<(Vec<f32>, [usize; 4])> {
+        let (values, mut given) = self.run(planes, shape, cancel).map_err(|e| e.at("VAE encoder"))?;
+        // Either the posterior's mean and log-variance, one after the other, or a latent.
+        if given[1] != channels && given[1] != 2 * channels {
+            return Err(Error::unsupported(format!(
+                "the VAE encoder gives {given:?}, the UNet takes {channels} channels"
+            )));
+        }
+        let area = given[2] * given[3];
+        let scale = |value: &f32| ((f64::from(*value) - self.shift) * self.scaling) as f32;
+        let means =
+            values.chunks_exact((given[1] * area).max(1)).flat_map(|image| image[..channels * area].iter().map(scale));
+        let means: Vec<f32> = means.collect();
+        given[1] = channels;
+        Ok((means, given))
+    }
+
+    fn run(&self, values: &[f32], shape: [usize; 4], cancel: &CancelToken) -> Result<(Vec<f32>, [usize; 4])> {
+        let Some(port) = self.session.inputs().next() else {
+            return Err(Error::unsupported("it has no input"));
+        };
+        port.check(port.dtype, &shape)?;
+        let tensor = precision::from_f32(port.dtype, &shape, values)?;
+        let outputs = self.session.run(&[(&port.name, &tensor)], &[], cancel)?;
+        let Some(output) = outputs.first() else { return Err(Error::unsupported("it has no output")) };
+        let [batch, channels, height, width] = *output.shape() else {
+            return Err(Error::unsupported(format!("it gives {:?}", output.shape())));
+        };
+        Ok((precision::to_f32(output)?, [batch, channels, height, width]))
+    }
+}
