@@ -12,9 +12,9 @@ weights from a seed and, except for the full-size one, small widths. A fixture i
 """
 
 import argparse
-import copy
 import functools
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from safetensors.torch import save_file
 
 INPUTS = ["sample", "timestep", "encoder_hidden_states"]
@@ -165,29 +165,38 @@ def torchscript(unet, path, *, opset, dynamic=True):
     )
 
 
-def dynamo(unet, path, *, opset):
+def dynamo(unet, path, *, opset, optimize=True):
     """torch.export and torch.onnx's exporter on top of it; batch and prompt length are symbolic."""
     inputs = inputs_of(unet)
-    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
-    axes = {
-        "sample": {0: batch},
-        "timestep": None,
-        "encoder_hidden_states": {0: batch, 1: tokens},
-        "text_embeds": {0: batch},
-        "time_ids": {0: batch},
-    }
+    if unet not in programs:
+        batch, tokens = torch.export.Dim("batch", max=63), torch.export.Dim("tokens")
+        axes = {
+            "sample": {0: batch},
+            "timestep": None,
+            "encoder_hidden_states": {0: batch, 1: tokens},
+            "text_embeds": {0: batch},
+            "time_ids": {0: batch},
+        }
+        shapes = {name: axes[name] for name in inputs}
+        programs.clear()
+        programs[unet] = torch.export.export(Call(unet), (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
     torch.onnx.export(
-        Call(unet),
+        programs[unet],
         (),
         str(path),
         kwargs=inputs,
         input_names=list(inputs),
         output_names=[OUTPUT],
         opset_version=opset,
-        dynamic_shapes={name: axes[name] for name in inputs},
         dynamo=True,
         external_data=False,
+        optimize=optimize,
+        verbose=False,
     )
+
+
+# What torch.export made of a UNet, for the next opset.
+programs = {}
 
 
 def optimum(unet, path, *, opset):
@@ -195,7 +204,6 @@ def optimum(unet, path, *, opset):
     from optimum.exporters.onnx import export
     from optimum.exporters.onnx.model_configs import UNetOnnxConfig
 
-    unet.set_attn_processor(AttnProcessor2_0())
     if unet.config.addition_embed_type == "text_time":
         unet.config.text_encoder_projection_dim = inputs_of(unet)["text_embeds"].shape[1]
         unet.config.requires_aesthetics_score = False
@@ -209,7 +217,6 @@ def ort_fused(unet, path, *, packed):
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
-    unet.set_attn_processor(AttnProcessor())
     plain = path.with_name("plain.onnx")
     torchscript(unet, plain, opset=17, dynamic=True)
     options = FusionOptions("unet")
@@ -272,6 +279,10 @@ EXPORTERS = {
     "dynamo18": functools.partial(dynamo, opset=18),
     "dynamo20": functools.partial(dynamo, opset=20),
     "dynamo23": functools.partial(dynamo, opset=23),
+    "dynamo17-raw": functools.partial(dynamo, opset=17, optimize=False),
+    "dynamo18-raw": functools.partial(dynamo, opset=18, optimize=False),
+    "dynamo20-raw": functools.partial(dynamo, opset=20, optimize=False),
+    "dynamo23-raw": functools.partial(dynamo, opset=23, optimize=False),
     "optimum": functools.partial(optimum, opset=18),
     "fused": functools.partial(ort_fused, packed=False),
     "fused-packed": functools.partial(ort_fused, packed=True),
@@ -295,6 +306,15 @@ class Fixture:
     to_kv: bool = False
     options: dict = field(default_factory=dict)
 
+    @property
+    def source(self):
+        """What is the same for fixtures of the same UNet."""
+        return (self.family, self.dtype, self.to_kv, *sorted(self.options))
+
+    def unet(self):
+        """The UNet, before projections are packed."""
+        return build(self.family, **self.options).to(self.dtype)
+
     def cases(self, unet):
         """The calls that torch answers beside the export: the traced sizes, and others where the export allows."""
         yield inputs_of(unet)
@@ -302,9 +322,8 @@ class Fixture:
             size = 16 if self.exporter.startswith("dynamo") else 24
             yield inputs_of(unet, batch=3, size=size, tokens=11, seed=2)
 
-    def make(self, folder):
+    def make(self, unet, folder):
         """Writes the fixture's files into a folder."""
-        unet = build(self.family, **self.options).to(self.dtype)
         weights = {
             name: value.clone()
             for name, value in unet.state_dict().items()
@@ -315,56 +334,59 @@ class Fixture:
             reference = {}
             for index, inputs in enumerate(self.cases(unet)):
                 with torch.no_grad():
-                    output = Call(copy.deepcopy(unet))(**inputs)
+                    output = Call(unet)(**inputs)
                 tensors = {**inputs, OUTPUT: output}
                 reference.update({f"{index}.{name}": value.contiguous() for name, value in tensors.items()})
             save_file(reference, folder / "reference.safetensors")
+        processor = AttnProcessor() if self.exporter.startswith("fused") else AttnProcessor2_0()
+        processors = dict.fromkeys(unet.attn_processors, processor)
         if self.to_kv:
             for name, layer in unet.named_modules():
                 if name.endswith("attn2"):
                     layer.fuse_projections(fuse=True)
-            from diffusers.models.attention_processor import FusedAttnProcessor2_0
-
-            unet.set_attn_processor(
-                {
-                    name: FusedAttnProcessor2_0() if ".attn2." in name else AttnProcessor2_0()
-                    for name in unet.attn_processors
-                }
-            )
+                    processors[f"{name}.processor"] = FusedAttnProcessor2_0()
+        unet.set_attn_processor(processors)
         EXPORTERS[self.exporter](unet, folder / "model.onnx")
 
 
 def matrix():
     """Every fixture by key."""
+    exporters = (
+        "torchscript14",
+        "torchscript17",
+        "torchscript20",
+        "torchscript14-static",
+        "torchscript17-static",
+        "torchscript20-static",
+        "dynamo17",
+        "dynamo18",
+        "dynamo20",
+        "dynamo23",
+        "optimum",
+    )
+
+    def variant(family, exporter):
+        # The exporter's optimizer takes most of its time; without it weights stay as torch has them.
+        raw = exporter.startswith("dynamo") and exporter != "dynamo18" and family != "sd1"
+        return f"{exporter}-raw" if raw else exporter
+
     fixtures = [
-        Fixture(f"{family}-{exporter}", family, exporter)
+        Fixture(f"{family}-{exporter}", family, variant(family, exporter))
         for family in ("sd1", "sd2", "sdxl-shallow")
-        for exporter in (
-            "torchscript14",
-            "torchscript17",
-            "torchscript20",
-            "torchscript14-static",
-            "torchscript17-static",
-            "torchscript20-static",
-            "dynamo17",
-            "dynamo18",
-            "dynamo20",
-            "dynamo23",
-            "optimum",
-        )
+        for exporter in exporters
     ]
     fixtures += [
         Fixture("sdxl-torchscript17", "sdxl", "torchscript17"),
         Fixture("biased-torchscript17", "sd1", "torchscript17", options=dict(biased=True)),
-        Fixture("biased-dynamo18", "sd1", "dynamo18", options=dict(biased=True)),
+        Fixture("biased-dynamo18", "sd1", "dynamo18-raw", options=dict(biased=True)),
         Fixture("float16-torchscript17", "sd1", "torchscript17", dtype=torch.float16),
         Fixture("bfloat16-torchscript17", "sd1", "torchscript17", dtype=torch.bfloat16),
-        Fixture("float16-dynamo18", "sd1", "dynamo18", dtype=torch.float16),
-        Fixture("bfloat16-dynamo18", "sd1", "dynamo18", dtype=torch.bfloat16),
+        Fixture("float16-dynamo18", "sd1", "dynamo18-raw", dtype=torch.float16),
+        Fixture("bfloat16-dynamo18", "sd1", "dynamo18-raw", dtype=torch.bfloat16),
         Fixture("tied-torchscript17", "sd1", "torchscript17", options=dict(tied=True)),
         Fixture("projected-torchscript17", "sd1", "torchscript17", options=dict(projected=True)),
         Fixture("to_kv-torchscript17", "sd1", "torchscript17", to_kv=True),
-        Fixture("to_kv-dynamo18", "sd1", "dynamo18", to_kv=True),
+        Fixture("to_kv-dynamo18", "sd1", "dynamo18-raw", to_kv=True),
         Fixture("stripped", "sd1", "stripped"),
         Fixture("fused", "sd1", "fused"),
         Fixture("fused-packed", "sd1", "fused-packed"),
@@ -375,15 +397,12 @@ def matrix():
     return {fixture.key: fixture for fixture in fixtures}
 
 
-def make(fixture, folder):
-    """Makes a fixture if its folder is not there; it appears there in one piece."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def make(fixture, unet, folder):
+    """Makes a fixture; its folder appears in one piece."""
     began = time.monotonic()
     temporary = Path(tempfile.mkdtemp(prefix=f".{fixture.key}.", dir=folder.parent))
     try:
-        fixture.make(temporary)
+        fixture.make(unet, temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -394,26 +413,46 @@ def make(fixture, folder):
     print(f"{fixture.key}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
+def make_all(jobs):
+    """Makes the fixtures of one UNet, given with their folders, where these are not there yet."""
+    jobs = [(fixture, folder) for fixture, folder in jobs if not folder.exists()]
+    unet = jobs[0][0].unet() if jobs else None
+    for fixture, folder in jobs:
+        make(fixture, fixture.unet() if fixture.to_kv else unet, folder)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", default=["all"], metavar="KEY")
     parser.add_argument("--out", type=Path, required=True, help="the folder that holds one folder a fixture")
     parser.add_argument("--exporter", choices=EXPORTERS, default="torchscript17", help="for a family's name as key")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count()), help="processes at a time")
     arguments = parser.parse_args()
 
-    torch.set_num_threads(arguments.threads)
+    # Exporting is Python's work; a pool of threads would not survive the fork.
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     known = matrix()
+    wanted = {}
     for key in arguments.keys:
         if key in FAMILIES:
-            make(Fixture(key, key, arguments.exporter), arguments.out)
-        else:
-            for each in known if key == "all" else [key]:
-                if each not in known:
-                    parser.error(f"no fixture {each!r}; there are {', '.join(known)}")
-                make(known[each], arguments.out / each)
+            fixture = Fixture(key, key, arguments.exporter)
+            wanted.setdefault(fixture.source, []).append((fixture, arguments.out))
+            continue
+        for each in known if key == "all" else [key]:
+            if each not in known:
+                parser.error(f"no fixture {each!r}; there are {', '.join(known)}")
+            wanted.setdefault(known[each].source, []).append((known[each], arguments.out / each))
+    for jobs in wanted.values():
+        for _, folder in jobs:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.jobs > 1 and len(wanted) > 1:
+        with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+            pool.map(make_all, sorted(wanted.values(), key=len, reverse=True), chunksize=1)
+    else:
+        for jobs in wanted.values():
+            make_all(jobs)
 
 
 if __name__ == "__main__":
