@@ -253,8 +253,9 @@ fn what_is_no_usable_library_is_refused_in_time_and_says_why() {
         (place("folder"), "the folder holds no libonnxruntime.so"),
         (std::env::current_exe().unwrap(), ""),
         (compiled(folder.path(), "other", "int answer(void) { return 42; }"), "no OrtGetApiBase"),
-        (compiled(folder.path(), "old", &pretender("1.15.0")), "found version 1.15.0; needed: 1.20"),
-        (compiled(folder.path(), "hollow", &pretender("1.99.0")), "does not give API 20"),
+        (compiled(folder.path(), "old", &pretender("1.15.0")), "found version 1.15.0; needed: 1.21"),
+        (compiled(folder.path(), "second", &pretender("2.30.0")), "found version 2.30.0; needed: 1.21"),
+        (compiled(folder.path(), "hollow", &pretender("1.99.0")), "does not give API 21"),
         (compiled(folder.path(), "odd", &pretender("nightly")), "is no version"),
         (
             compiled(folder.path(), "null", "const void *OrtGetApiBase(void) { return 0; }"),
@@ -271,7 +272,7 @@ fn what_is_no_usable_library_is_refused_in_time_and_says_why() {
             let (message, name) = (&outcome.message, path.display());
             assert_eq!(outcome.status, Status::RuntimeUnavailable as i32, "{name}: {message}");
             assert!(message.contains(reason) && message.contains(&name.to_string()), "{name}: {message}");
-            assert!(message.contains("needed") && message.contains("1.20"), "{name}: {message}");
+            assert!(message.contains("needed") && message.contains("1.21"), "{name}: {message}");
             assert!(outcome.took < Duration::from_secs(1), "{name}: {:?}", outcome.took);
         }
     }

@@ -98,16 +98,19 @@ fn a_process_is_left_as_it_was() {
     assert_eq!(float_state(), floats);
     let runtime = runtime.unwrap();
 
-    // Threads without work sleep.
-    let session = runtime.session(&small, &two_threads).unwrap();
-    for _ in 0..20 {
-        session.run(&[("x", &x)], &[], &cancel).unwrap();
+    // Threads without work sleep, even those that spin while a run is at work.
+    for spinning in [false, true] {
+        let mut options = two_threads.clone();
+        options.spinning = spinning;
+        let session = runtime.session(&small, &options).unwrap();
+        for _ in 0..20 {
+            session.run(&[("x", &x)], &[], &cancel).unwrap();
+        }
+        let before = cpu_time();
+        std::thread::sleep(Duration::from_secs(1));
+        let spent = cpu_time() - before;
+        assert!(spent < Duration::from_millis(20), "an idle session used {spent:?} of a second ({spinning})");
     }
-    let before = cpu_time();
-    std::thread::sleep(Duration::from_secs(1));
-    let spent = cpu_time() - before;
-    assert!(spent < Duration::from_millis(20), "an idle session used {spent:?} of a second");
-    drop(session);
 
     // A thousand sessions leave nothing behind.
     let round = || {

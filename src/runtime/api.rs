@@ -8,9 +8,9 @@ use ort::sys;
 use crate::error::{Error, Result, Status};
 use crate::os;
 
-/// The version of the table that is needed, and the least minor version of the library. Entries of later versions are
-/// used only after a look at the library's version.
-pub(super) const API_VERSION: u32 = 20;
+/// The version of the table that is needed, and the least minor version of the library: earlier ones can't read the
+/// external data of a model that is in memory. Entries of later versions are used only after a look at the library's.
+pub(super) const API_VERSION: u32 = 21;
 
 /// The table of the one ONNX Runtime of this process.
 ///

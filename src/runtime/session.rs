@@ -49,7 +49,8 @@ pub struct SessionOptions {
     pub intra_threads: usize,
     /// Threads that run operators side by side; 1 runs them in order; 0 for one per physical core.
     pub inter_threads: usize,
-    /// Whether threads without work burn CPU time to start faster.
+    /// Whether threads that wait for work burn CPU time during a run, to start faster. When no run is at work, they
+    /// always sleep.
     pub spinning: bool,
     /// Cores for the threads, as ONNX Runtime writes it (`"1,2;3,4"`: one entry for each thread but the first).
     pub affinity: Option<String>,
@@ -260,6 +261,7 @@ impl RawOptions {
         let spinning = if options.spinning { "1" } else { "0" };
         raw.set("session.intra_op.allow_spinning", spinning)?;
         raw.set("session.inter_op.allow_spinning", spinning)?;
+        raw.set("session.force_spinning_stop", "1")?;
         if let Some(affinity) = &options.affinity {
             raw.set("session.intra_op_thread_affinities", affinity)?;
         }
@@ -410,9 +412,9 @@ impl Session {
     /// Runs the model once: `inputs` by name, each exactly once; the outputs named come back in that order (all of
     /// them, in the model's order, if none is named), on the host.
     ///
-    /// Input memory is used in place. Cancelling ends the run between two operators: a running operator is finished
-    /// first. CUDA and TensorRT queue operators, so that what is queued on the device is finished too, and a whole
-    /// TensorRT engine is one operator.
+    /// Input memory is used in place. Cancelling ends the run between two operators with [`Status::Cancelled`]: a running
+    /// operator is finished first, and a run that was at its last one succeeds. CUDA and TensorRT queue operators, so
+    /// that what is queued on the device is finished too, and a whole TensorRT engine is one operator.
     pub fn run(&self, inputs: &[(&str, &Tensor)], outputs: &[&str], cancel: &CancelToken) -> Result<Vec<Tensor>> {
         let inner = &*self.inner;
         let api = inner.loaded.api;
