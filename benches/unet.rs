@@ -1,0 +1,276 @@
+//! A denoising step, the opening of a model and its memory, beside the same model, untouched, in Python's onnxruntime
+//! with as many threads; and what it costs to switch concepts, beside a new session.
+//!
+//! Both sides take turns in one run. Prints one JSON object a line: `name`, `value`, `bound`, `note`. The model of Stable
+//! Diffusion's size has random weights and is made on the first run; `MACULA_BENCH_SMALL` leaves it out.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use macula::concept::{Composition, GatheredConcept, Indices, Layer, NeuronSet, Projections, Rows};
+use macula::diffusion::{Conditioning, Unet, UnetOptions};
+use macula::progress::CancelToken;
+use macula::runtime::{Runtime, RuntimeOptions};
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
+use serde_json::Value;
+
+type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+const THREADS: usize = 2;
+
+/// A model and the inputs that it is measured with.
+struct Case {
+    model: PathBuf,
+    batch: usize,
+    channels: usize,
+    side: usize,
+    tokens: usize,
+    features: usize,
+    class_labels: bool,
+}
+
+fn main() -> Outcome {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, role, model] = arguments.as_slice()
+        && role == "peak"
+    {
+        return our_peak(Path::new(model));
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let small = Case {
+        model: root.join("models/emoji/unet/model.onnx"),
+        batch: 2,
+        channels: 3,
+        side: 64,
+        tokens: 24,
+        features: 1024,
+        class_labels: true,
+    };
+    let steps = step_ratio(&small, 40)?;
+    figure("unet_step_ratio_small", steps, "<= 1.02", "the shipped UNet, batch 2, 64 x 64, median of 40 steps each");
+    if std::env::var_os("MACULA_BENCH_SMALL").is_some() {
+        return Ok(());
+    }
+    let large = full_size(&full_size_model(root)?);
+    let steps = step_ratio(&large, 5)?;
+    figure("unet_step_ratio_sd15", steps, "<= 1.02", "batch 2, 64 x 64, 77 tokens, median of 5 steps each");
+    opening(&large)?;
+    memory(&large)
+}
+
+fn full_size(model: &Path) -> Case {
+    let model = model.to_owned();
+    Case { model, batch: 2, channels: 4, side: 64, tokens: 77, features: 768, class_labels: false }
+}
+
+/// Stable Diffusion 1.5's UNet with random weights, exported once.
+fn full_size_model(root: &Path) -> Outcome<PathBuf> {
+    let folder = root.join("target/fixtures/sd15-full-size");
+    if !folder.exists() {
+        eprintln!("exporting a UNet of Stable Diffusion 1.5's size (3.4 GB, some minutes)");
+        let mut export = Command::new(python()?);
+        export.arg(root.join("tests/python/export_unets.py")).args(["sd15", "--exporter", "torchscript17", "--out"]);
+        let status = export.arg(&folder).status()?;
+        if !status.success() {
+            return Err(format!("export_unets.py ended with {status}").into());
+        }
+    }
+    Ok(folder.join("model.onnx"))
+}
+
+fn python() -> Outcome<PathBuf> {
+    let python =
+        std::env::var_os("MACULA_PYTHON").ok_or("set MACULA_PYTHON, or run `cargo xtask bench`, which does")?;
+    Ok(python.into())
+}
+
+fn figure(name: &str, value: f64, bound: &str, note: &str) {
+    println!(r#"{{"name": "{name}", "value": {value}, "bound": "{bound}", "note": "{note}"}}"#);
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// The untouched model in Python's onnxruntime, in a process of its own.
+struct Peer {
+    process: Child,
+    answers: BufReader<std::process::ChildStdout>,
+}
+
+impl Peer {
+    fn open(case: &Case) -> Outcome<Self> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/peer_unet.py");
+        let mut process = Command::new(python()?).arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let answers = BufReader::new(process.stdout.take().ok_or("the peer has no output")?);
+        let mut peer = Self { process, answers };
+        peer.ask(&format!("open {} {THREADS}", case.model.display()))?;
+        peer.ask(&format!("inputs {} {} {} {}", case.batch, case.side, case.side, case.tokens))?;
+        Ok(peer)
+    }
+
+    fn ask(&mut self, command: &str) -> Outcome<Value> {
+        let input = self.process.stdin.as_mut().ok_or("the peer has no input")?;
+        writeln!(input, "{command}")?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        Ok(serde_json::from_str(&answer)
+            .map_err(|error| format!("the peer answered {command:?} with {answer:?}: {error}"))?)
+    }
+
+    fn step(&mut self) -> Outcome<f64> {
+        Ok(self.ask("step")?["seconds"].as_f64().ok_or("no time")?)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        drop(self.process.stdin.take());
+        // The peer ends when its input does; there is nobody to tell if it doesn't.
+        let _ = self.process.wait();
+    }
+}
+
+/// Our side: the same model with its keys and values bound.
+struct Ours {
+    unet: Unet,
+    sample: Vec<f32>,
+    shape: [usize; 4],
+    timestep: f64,
+}
+
+impl Ours {
+    fn open(case: &Case, cache: Option<&Path>) -> Outcome<Self> {
+        let runtime = Runtime::load(&RuntimeOptions::default())?;
+        let mut options = UnetOptions::default();
+        options.session.intra_threads = THREADS;
+        options.session.cache = cache.map(Path::to_owned);
+        options.threads = THREADS;
+        let mut unet = Unet::open(&runtime, &case.model, &options)?;
+        let mut random = ChaCha8Rng::seed_from_u64(0);
+        let mut values = |count: usize| (0..count).map(|_| uniform(&mut random)).collect::<Vec<f32>>();
+        unet.set_conditioning(&Conditioning {
+            batch: case.batch,
+            tokens: case.tokens,
+            context: values(case.batch * case.tokens * case.features),
+            class_labels: case.class_labels.then(|| vec![0; case.batch]),
+            ..Conditioning::default()
+        })?;
+        let shape = [case.batch, case.channels, case.side, case.side];
+        Ok(Self { unet, sample: values(shape.iter().product()), shape, timestep: 999.0 })
+    }
+
+    fn step(&mut self) -> Outcome<f64> {
+        let start = Instant::now();
+        self.unet.denoise(&self.sample, self.shape, self.timestep, &CancelToken::new())?;
+        self.timestep -= 1.0;
+        Ok(start.elapsed().as_secs_f64())
+    }
+}
+
+fn uniform(random: &mut ChaCha8Rng) -> f32 {
+    random.next_u32() as f32 / 2f32.powi(31) - 1.0
+}
+
+/// Our time of a step over the peer's.
+fn step_ratio(case: &Case, runs: usize) -> Outcome<f64> {
+    let (mut peer, mut ours) = (Peer::open(case)?, Ours::open(case, None)?);
+    (peer.step()?, ours.step()?);
+    let (mut theirs, mut mine) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        theirs.push(peer.step()?);
+        mine.push(ours.step()?);
+    }
+    let (mine, theirs) = (median(mine), median(theirs));
+    eprintln!("{}: a step takes {:.1} ms, the peer's {:.1} ms", case.model.display(), mine * 1e3, theirs * 1e3);
+    Ok(mine / theirs)
+}
+
+/// Opening with and without a warm cache, and a switch of concepts against a new session.
+fn opening(case: &Case) -> Outcome {
+    let cache = tempfile::tempdir_in(Path::new(env!("CARGO_MANIFEST_DIR")).join("target"))?;
+    let first = |cache: Option<&Path>| -> Outcome<(f64, Ours)> {
+        let start = Instant::now();
+        let mut ours = Ours::open(case, cache)?;
+        ours.step()?;
+        Ok((start.elapsed().as_secs_f64(), ours))
+    };
+    drop(first(Some(cache.path()))?);
+    let (mut cold, mut warm) = (Vec::new(), Vec::new());
+    for _ in 0..3 {
+        cold.push(first(None)?.0);
+        warm.push(first(Some(cache.path()))?.0);
+    }
+    let (cold, warm) = (median(cold), median(warm));
+    eprintln!("opening and the first step take {cold:.1} s, with a warm cache {warm:.1} s");
+    figure("load_cached_ratio_sd15", warm / cold, "<= 0.4", "open and first step, warm cache over none, medians of 3");
+
+    let (_, mut ours) = first(Some(cache.path()))?;
+    let base = ours.unet.projections().ok_or("nothing to compose")?.clone();
+    let pool = ours.unet.pool().clone();
+    let concepts: Vec<_> = (0..4)
+        .map(|seed| GatheredConcept::from_neurons(&neurons(&base, seed)?, &base, &pool).map_err(Into::into))
+        .collect::<Outcome<_>>()?;
+    let mut swap = f64::INFINITY;
+    for run in 0..20 {
+        let mut composition = Composition::new();
+        // The base every other time, so that each switch really changes something.
+        for concept in concepts.iter().filter(|_| run % 2 == 0) {
+            composition.push(concept.clone(), 1.0, Rows::All)?;
+        }
+        let start = Instant::now();
+        ours.unet.set_composition(composition)?;
+        ours.unet.write_keys_values()?;
+        if run % 2 == 0 {
+            swap = swap.min(start.elapsed().as_secs_f64());
+        }
+    }
+    let note = "four concepts of 1 % into a live session, over a new session with baked weights";
+    figure("swap_vs_session_ratio", swap / cold, "<= 0.002", note);
+    Ok(())
+}
+
+/// A random 1 % of all weights.
+fn neurons(base: &Projections, seed: u64) -> Outcome<NeuronSet> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let mut layers = Vec::new();
+    for projection in base.as_slice() {
+        let weights = u32::try_from(projection.out_features * projection.in_features)?;
+        let members = (0..weights).filter(|_| random.next_u32() < u32::MAX / 100).collect();
+        let indices = Indices::from_sorted(weights, members)?;
+        layers.push(Layer::new(projection.path.clone(), projection.out_features, projection.in_features, indices)?);
+    }
+    Ok(NeuronSet::new(layers)?)
+}
+
+/// Peak memory of opening and three steps, each side in a fresh process.
+fn memory(case: &Case) -> Outcome {
+    let mut peer = Peer::open(case)?;
+    for _ in 0..3 {
+        peer.step()?;
+    }
+    let theirs = peer.ask("peak")?["bytes"].as_f64().ok_or("no memory")?;
+    drop(peer);
+    let output = Command::new(std::env::current_exe()?).arg("peak").arg(&case.model).output()?;
+    let mine: f64 = String::from_utf8_lossy(&output.stdout)
+        .trim()
+        .parse()
+        .map_err(|_| format!("our side ended with {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))?;
+    eprintln!("peak memory {:.2} GB, the peer's {:.2} GB", mine / 1e9, theirs / 1e9);
+    figure("rss_ratio_sd15", mine / theirs, "<= 1.1", "peak resident memory of opening and three steps");
+    Ok(())
+}
+
+fn our_peak(model: &Path) -> Outcome {
+    let mut ours = Ours::open(&full_size(model), None)?;
+    for _ in 0..3 {
+        ours.step()?;
+    }
+    let (_, peak) = macula::runtime::process_memory().ok_or("the system doesn't tell the peak memory")?;
+    println!("{peak}");
+    Ok(())
+}
