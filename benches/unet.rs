@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use macula::concept::{Composition, GatheredConcept, Indices, Layer, NeuronSet, Projections, Rows};
-use macula::diffusion::{Conditioning, Unet, UnetOptions};
+use macula::diffusion::unet::{Conditioning, Unet, UnetOptions};
 use macula::progress::CancelToken;
 use macula::runtime::{Runtime, RuntimeOptions};
 use rand_chacha::ChaCha8Rng;

@@ -324,6 +324,23 @@ impl Unet {
         }
     }
 
+    /// Writes the keys and values of the present conditioning and composition into the bound buffers, where they are not
+    /// yet. [`Unet::denoise`] does so by itself; a host that wants the cost at a time of its own choice calls this.
+    ///
+    /// # Errors
+    /// [`Status::InvalidArgument`] without a conditioning; [`Status::OutOfMemory`].
+    pub fn write_keys_values(&mut self) -> Result<()> {
+        let Some(prompt) = &mut self.prompt else { return Err(no_conditioning()) };
+        if prompt.current {
+            return Ok(());
+        }
+        if let (Some(keys_values), Steering::Inputs { inputs, .. }) = (&prompt.keys_values, &self.steering) {
+            write_keys_values(&mut self.binding, inputs, &self.composition, keys_values, &mut prompt.held, &self.pool)?;
+        }
+        prompt.current = true;
+        Ok(())
+    }
+
     /// One prediction: for `sample` `[B, C, H, W]` (scaled as the sampler wants it) at a timestep in training steps, under
     /// the conditioning and the composition that were set. The single step for hosts with a sampler of their own.
     ///
@@ -339,9 +356,8 @@ impl Unet {
         timestep: f64,
         cancel: &CancelToken,
     ) -> Result<Vec<f32>> {
-        let Some(prompt) = &mut self.prompt else {
-            return Err(Error::invalid_argument("no conditioning was set"));
-        };
+        self.write_keys_values()?;
+        let Some(prompt) = &mut self.prompt else { return Err(no_conditioning()) };
         let elements = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size));
         if elements != Some(sample.len()) || sample.is_empty() {
             return Err(Error::invalid_argument(format!(
@@ -371,19 +387,6 @@ impl Unet {
                 )));
             }
         }
-        if !prompt.current {
-            if let (Some(keys_values), Steering::Inputs { inputs, .. }) = (&prompt.keys_values, &self.steering) {
-                write_keys_values(
-                    &mut self.binding,
-                    inputs,
-                    &self.composition,
-                    keys_values,
-                    &mut prompt.held,
-                    &self.pool,
-                )?;
-            }
-            prompt.current = true;
-        }
         let mut tensor = match prompt.shape {
             Some(bound) if bound == shape => self.binding.take_input(SAMPLE)?,
             _ => Tensor::zeros(sample_type, &shape)?,
@@ -405,6 +408,10 @@ impl Unet {
         }
         precision::to_f32(output)
     }
+}
+
+fn no_conditioning() -> Error {
+    Error::invalid_argument("no conditioning was set")
 }
 
 fn text_port(model: &Model) -> Option<Port> {
