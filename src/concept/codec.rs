@@ -168,13 +168,16 @@ pub(super) fn decode(payload: &[u8]) -> Result<(Header, Indices)> {
                 *word = word_at(unary, at);
             }
         } else {
-            let mut last = 0;
+            let (mut last, mut at, mut members) = (0, 0, 0);
             for_each_coded(&header, low, unary, |index| {
                 last = index;
-                if let Some(word) = words.get_mut((index / 64) as usize) {
-                    *word |= 1 << (index % 64);
+                if index / 64 != at {
+                    words.get_mut(at as usize).into_iter().for_each(|word| *word = members);
+                    (at, members) = (index / 64, 0);
                 }
+                members |= 1 << (index % 64);
             });
+            words.get_mut(at as usize).into_iter().for_each(|word| *word = members);
             if last >= u64::from(header.weights) {
                 return Err(outside(last));
             }

@@ -16,7 +16,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::file::Concept;
-use super::kernel::{Panel, Simd};
+use super::kernel::{self, PADDING, Panel, TILE};
 use super::projections::{KeysValues, Projections};
 use super::set::{NeuronSet, zeroed};
 use crate::error::{Error, Result, Status};
@@ -25,9 +25,15 @@ use crate::error::{Error, Result, Status};
 struct SparseRows {
     /// Row `r` has the entries `starts[r]..starts[r + 1]`.
     starts: Vec<u32>,
-    /// Ascending in each row, each below the projection's `in_features`.
+    /// Ascending in each row, each below the projection's `in_features`; then [`PADDING`] zeros, as in `values`.
     columns: Vec<u16>,
     values: Vec<f32>,
+}
+
+impl SparseRows {
+    fn entries(&self) -> usize {
+        self.values.len() - PADDING
+    }
 }
 
 /// A concept's neurons with their weights, gathered from one [`Projections`]. Clones share the weights.
@@ -85,22 +91,24 @@ impl GatheredConcept {
             let members = layer.indices().len();
             let mut rows = SparseRows {
                 starts: zeroed(projection.out_features + 1)?,
-                columns: zeroed(members)?,
-                values: zeroed(members)?,
+                columns: zeroed(members + PADDING)?,
+                values: zeroed(members + PADDING)?,
             };
             let (mut at, mut row, mut row_end) = (0, 0, projection.in_features);
+            let mut indices = zeroed::<u32>(members)?;
             layer.indices().for_each(|index| {
-                let index = index as usize;
-                while index >= row_end {
+                while index as usize >= row_end {
                     row += 1;
                     rows.starts[row] = at as u32;
                     row_end += projection.in_features;
                 }
-                rows.columns[at] = (index + projection.in_features - row_end) as u16;
-                rows.values[at] = projection.weights.get(index);
+                rows.columns[at] = (index as usize + projection.in_features - row_end) as u16;
+                indices[at] = index;
                 at += 1;
             });
             rows.starts[row + 1..].fill(at as u32);
+            // By itself, so that many reads are under way at a time: each touches memory of its own.
+            projection.weights.gather(&indices, &mut rows.values);
             Ok(Some(rows))
         };
         let projections = pool.install(|| base.as_slice().par_iter().map(gather).collect::<Result<Vec<_>>>())?;
@@ -109,7 +117,7 @@ impl GatheredConcept {
 
     /// How many weights the concept shuts.
     pub fn len(&self) -> usize {
-        self.projections.iter().flatten().map(|rows| rows.values.len()).sum()
+        self.projections.iter().flatten().map(SparseRows::entries).sum()
     }
 
     /// Whether it shuts none.
@@ -201,7 +209,7 @@ impl Composition {
         let restore: Vec<u32> = (0..touched.len() as u32)
             .filter(|&row| (!known || before.touched[row as usize]) && !touched[row as usize])
             .collect();
-        let job = Job { prompt, groups: &groups, restore: &restore, simd: Simd::detect() };
+        let job = Job { prompt, groups: &groups, restore: &restore };
         let mut views = Vec::new();
         for ((projection, output), base) in outputs.iter_mut().enumerate().zip(prompt.base()) {
             let shape = (touched.len(), base.len() / touched.len());
@@ -369,9 +377,6 @@ impl<'a> View<'a> {
 /// Output features that one task computes: a few cache lines of every row.
 const BLOCK_COLUMNS: usize = 64;
 
-/// Output features whose sums are kept before they are written: one cache line of f32 in every row.
-const TILE_COLUMNS: usize = 16;
-
 struct Task<'a> {
     projection: usize,
     /// The first output feature.
@@ -412,12 +417,9 @@ struct Scratch {
     sums: Vec<f32>,
 }
 
-/// What is to be subtracted from a block of output features.
+/// What is to be subtracted from a block of output features: `scale` times the product with `rows`.
 struct Correction<'a> {
-    /// Output feature `o` of the block has the entries `starts[o]..starts[o + 1]`.
-    starts: &'a [u32],
-    columns: &'a [u16],
-    values: &'a [f32],
+    rows: kernel::Rows<'a>,
     scale: f32,
 }
 
@@ -425,7 +427,6 @@ struct Job<'a> {
     prompt: &'a KeysValues,
     groups: &'a [Group<'a>],
     restore: &'a [u32],
-    simd: Simd,
 }
 
 impl Job<'_> {
@@ -449,34 +450,37 @@ impl Job<'_> {
         let out_features = base.len() / output.nrows();
         let base_row = |row: u32| &base[row as usize * out_features + first..][..features];
         for &row in self.restore {
-            for (to, from) in output.row_mut(row as usize).iter_mut().zip(base_row(row)) {
-                *to = T::from_f32(*from);
-            }
+            store(&mut output, row, 0, base_row(row).iter().copied());
         }
         for group in self.groups {
             let mut sums = std::mem::take(&mut scratch.sums);
+            let mut turned = [[0.0; TILE]; 4];
             let correction = group.correction(projection, first, features, self.prompt.in_features, scratch);
             let panels = match &group.panels {
                 Panels::Prompt(panels) => panels,
                 Panels::Own(panels) => panels.as_slice(),
             };
             for panel in panels {
-                sums.resize(TILE_COLUMNS * panel.lanes, 0.0);
-                for tile in (0..features).step_by(TILE_COLUMNS) {
-                    let width = TILE_COLUMNS.min(features - tile);
-                    for (feature, sums) in (tile..tile + width).zip(sums.chunks_exact_mut(panel.lanes)) {
-                        let entries = correction.starts[feature] as usize..correction.starts[feature + 1] as usize;
-                        let (columns, values) = (&correction.columns[entries.clone()], &correction.values[entries]);
-                        // SAFETY: `simd` was detected; columns of a `SparseRows` are below the `in_features` of its
-                        // base, which is the prompt's (`Composition::groups`); the chunk has `lanes` places.
-                        unsafe { panel.multiply(self.simd, columns, values, sums) };
+                sums.resize(TILE * panel.lanes, 0.0);
+                for tile in (0..features).step_by(TILE) {
+                    let width = TILE.min(features - tile);
+                    for &row in &panel.rows {
+                        kernel::prefetch(&base_row(row)[tile..]);
+                        kernel::prefetch(slice_of(&mut output, row, tile));
                     }
-                    for (lane, &row) in panel.rows.iter().enumerate() {
-                        let base = &base_row(row)[tile..tile + width];
-                        let mut output = output.row_mut(row as usize);
-                        let output = output.iter_mut().skip(tile);
-                        for (feature, (to, from)) in output.zip(base).enumerate() {
-                            *to = T::from_f32(from - correction.scale * sums[feature * panel.lanes + lane]);
+                    let starts = &correction.rows.starts[tile..=tile + width];
+                    // SAFETY: columns of a `SparseRows` are below the `in_features` of its base, which is the prompt's
+                    // (`Composition::groups`).
+                    unsafe { panel.multiply(kernel::Rows { starts, ..correction.rows }, &mut sums) };
+                    for (four, rows) in panel.rows.chunks(4).enumerate() {
+                        kernel::turn(&sums, panel.lanes, 4 * four, &mut turned);
+                        for (&row, sums) in rows.iter().zip(&turned) {
+                            let base = &base_row(row)[tile..tile + width];
+                            let effective = |(base, sum): (&f32, &f32)| base - correction.scale * sum;
+                            match base.first_chunk::<TILE>() {
+                                Some(base) => store(&mut output, row, tile, base.iter().zip(sums).map(effective)),
+                                None => store(&mut output, row, tile, base.iter().zip(sums).map(effective)),
+                            }
                         }
                     }
                 }
@@ -484,6 +488,17 @@ impl Job<'_> {
             scratch.sums = sums;
         }
     }
+}
+
+/// One row of a block of columns of a row-major matrix, from a column on.
+#[inline(always)]
+fn slice_of<'a, T>(output: &'a mut ArrayViewMut2<'_, T>, row: u32, first: usize) -> &'a mut [T] {
+    output.row_mut(row as usize).into_slice().and_then(|row| row.get_mut(first..)).unwrap_or_default()
+}
+
+#[inline(always)]
+fn store<T: Element>(output: &mut ArrayViewMut2<'_, T>, row: u32, first: usize, numbers: impl Iterator<Item = f32>) {
+    slice_of(output, row, first).iter_mut().zip(numbers).for_each(|(to, number)| *to = T::from_f32(number));
 }
 
 impl Group<'_> {
@@ -502,30 +517,39 @@ impl Group<'_> {
             && let Some((rows, scale)) = with_rows(part)
         {
             let starts = &rows.starts[first..=first + features];
-            return Correction { starts, columns: &rows.columns, values: &rows.values, scale };
+            return Correction { rows: kernel::Rows { starts, columns: &rows.columns, values: &rows.values }, scale };
         }
         let Scratch { kept, starts, columns, values, .. } = scratch;
         kept.resize(in_features, 1.0);
+        let concepts = || self.parts.iter().filter_map(with_rows);
+        let entries =
+            |rows: &SparseRows, feature: usize| rows.starts[feature] as usize..rows.starts[feature + 1] as usize;
+        let most: usize =
+            concepts().map(|(rows, _)| (rows.starts[first + features] - rows.starts[first]) as usize).sum();
+        columns.resize(most + PADDING, 0);
+        values.resize(most + PADDING, 0.0);
         starts.clear();
-        columns.clear();
-        values.clear();
         starts.push(0);
+        let mut end = 0;
         for feature in first..first + features {
-            let begin = columns.len();
-            for (rows, strength) in self.parts.iter().filter_map(with_rows) {
-                let entries = rows.starts[feature] as usize..rows.starts[feature + 1] as usize;
-                for (&column, &value) in rows.columns[entries.clone()].iter().zip(&rows.values[entries]) {
+            let begin = end;
+            for (rows, strength) in concepts() {
+                let entries = entries(rows, feature);
+                let from = rows.columns[entries.clone()].iter().zip(&rows.values[entries.clone()]);
+                let to = columns[end..].iter_mut().zip(&mut values[end..]);
+                for ((to_column, to_value), (&column, &value)) in to.zip(from) {
                     let kept = &mut kept[usize::from(column)];
                     // 1 - product(1 - s) = sum of each s times what the concepts before it left.
-                    columns.push(column);
-                    values.push(value * (strength * *kept));
+                    *to_column = column;
+                    *to_value = value * (strength * *kept);
                     *kept *= 1.0 - strength;
                 }
+                end += entries.len();
             }
-            columns[begin..].iter().for_each(|&column| kept[usize::from(column)] = 1.0);
-            starts.push(columns.len() as u32);
+            columns[begin..end].iter().for_each(|&column| kept[usize::from(column)] = 1.0);
+            starts.push(end as u32);
         }
-        Correction { starts, columns, values, scale: 1.0 }
+        Correction { rows: kernel::Rows { starts, columns, values }, scale: 1.0 }
     }
 }
 
@@ -595,12 +619,14 @@ mod tests {
         };
         let outputs = base.as_slice().iter().map(|projection| {
             let mut output = Vec::new();
+            let mut weights = vec![0.0; projection.out_features * IN];
+            projection.weights.gather(&(0..weights.len() as u32).collect::<Vec<_>>(), &mut weights);
             for (row, context) in context.chunks_exact(IN).enumerate() {
                 for feature in 0..projection.out_features {
                     let mut sum = projection.bias.as_ref().map_or(0.0, |bias| f64::from(bias[feature]));
                     for (column, &number) in context.iter().enumerate() {
                         let index = feature * IN + column;
-                        let mut weight = f64::from(projection.weights.get(index));
+                        let mut weight = f64::from(weights[index]);
                         for (neurons, strength, rows) in concepts {
                             let layer = neurons.layer(&projection.path).unwrap();
                             if acts(rows, row) && layer.indices().contains(index as u32) {

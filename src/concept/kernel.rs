@@ -5,7 +5,7 @@
 
 /// How a product is computed on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Simd {
+enum Simd {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -15,17 +15,22 @@ pub(super) enum Simd {
 
 impl Simd {
     /// The widest that this machine has.
-    pub fn detect() -> Self {
+    fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") {
-                return Self::Avx512;
-            }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Self::Avx2;
+                return if is_x86_feature_detected!("avx512f") { Self::Avx512 } else { Self::Avx2 };
             }
         }
         Self::Portable
+    }
+
+    fn lanes(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => 16,
+            _ => 8,
+        }
     }
 }
 
@@ -33,23 +38,37 @@ impl Simd {
 pub(super) struct Panel {
     /// The tokens' rows in the prompt.
     pub rows: Vec<u32>,
-    /// `rows.len()` rounded up to 8, or to a multiple of 16.
+    /// `rows.len()` rounded up to whole vectors, at most [`MAX_VECTORS`].
     pub lanes: usize,
+    simd: Simd,
     context: Vec<f32>,
 }
+
+/// As many vectors of sums are held in registers.
+const MAX_VECTORS: usize = 10;
 
 impl Panel {
     /// Panels of the given rows of a context `[rows, in]`, each small enough to stay in a core's own cache.
     pub fn split(context: &[f32], in_features: usize, rows: &[u32]) -> crate::Result<Vec<Self>> {
-        const CACHE_FLOATS: usize = 1 << 17;
-        let most = (CACHE_FLOATS / in_features / 16 * 16).clamp(16, 160);
-        let panels = rows.len().div_ceil(most);
-        let even = rows.len().div_ceil(panels.max(1)).next_multiple_of(if rows.len() > 8 { 16 } else { 8 });
-        rows.chunks(even.max(1)).map(|rows| Self::new(context, in_features, rows)).collect()
+        Self::split_for(Simd::detect(), context, in_features, rows)
     }
 
-    fn new(context: &[f32], in_features: usize, rows: &[u32]) -> crate::Result<Self> {
-        let lanes = if rows.len() <= 8 { 8 } else { rows.len().next_multiple_of(16) };
+    fn split_for(simd: Simd, context: &[f32], in_features: usize, rows: &[u32]) -> crate::Result<Vec<Self>> {
+        const CACHE_FLOATS: usize = 1 << 17;
+        let simd = match simd {
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 if rows.len() <= 8 => Simd::Avx2,
+            other => other,
+        };
+        let width = simd.lanes();
+        let most = (CACHE_FLOATS / in_features / width).clamp(1, MAX_VECTORS) * width;
+        let panels = rows.len().div_ceil(most).max(1);
+        let even = rows.len().div_ceil(panels).next_multiple_of(width);
+        rows.chunks(even.max(1)).map(|rows| Self::new(simd, context, in_features, rows)).collect()
+    }
+
+    fn new(simd: Simd, context: &[f32], in_features: usize, rows: &[u32]) -> crate::Result<Self> {
+        let lanes = rows.len().next_multiple_of(simd.lanes());
         let mut turned = super::set::zeroed::<f32>(in_features * lanes)?;
         // Sixteen rows at a time: one written cache line takes all of them.
         for (block, rows) in rows.chunks(16).enumerate() {
@@ -61,7 +80,7 @@ impl Panel {
                 }
             }
         }
-        Ok(Self { rows: rows.to_vec(), lanes, context: turned })
+        Ok(Self { rows: rows.to_vec(), lanes, simd, context: turned })
     }
 
     /// Bytes held.
@@ -69,28 +88,41 @@ impl Panel {
         size_of_val(self.context.as_slice()) + size_of_val(self.rows.as_slice())
     }
 
-    /// `sums[lane] = sum over e of values[e] * context[columns[e], lane]`.
+    /// For each row `r` of a sparse matrix:
+    /// `sums[r, lane] = sum over its entries e of values[e] * context[columns[e], lane]`.
     ///
     /// # Safety
-    /// The machine has what `simd` names, each column is below the `in_features` of [`Panel::split`], and `sums` has
-    /// [`Panel::lanes`] places.
-    #[inline]
-    pub unsafe fn multiply(&self, simd: Simd, columns: &[u16], values: &[f32], sums: &mut [f32]) {
-        debug_assert_eq!(columns.len(), values.len());
-        debug_assert_eq!(sums.len(), self.lanes);
-        debug_assert!(columns.iter().all(|&column| (usize::from(column) + 1) * self.lanes <= self.context.len()));
-        // SAFETY: the caller's promise; lanes is 8 or a multiple of 16, so that every vector width below divides it.
+    /// Each of `rows.columns` is below the `in_features` of [`Panel::split`].
+    pub unsafe fn multiply(&self, rows: Rows<'_>, sums: &mut [f32]) {
+        debug_assert!(rows.columns.iter().all(|&column| (usize::from(column) + 1) * self.lanes <= self.context.len()));
+        // SAFETY: the caller's promise; the machine has `simd`, and `lanes` counts whole vectors of it.
         unsafe {
-            match simd {
+            match self.simd {
                 #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 if self.lanes >= 16 => x86::avx512(&self.context, self.lanes, columns, values, sums),
+                Simd::Avx512 => x86::avx512(&self.context, self.lanes, rows, sums),
                 #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 | Simd::Avx2 => x86::avx2(&self.context, self.lanes, columns, values, sums),
-                Simd::Portable => multiply::<[f32; 8]>(&self.context, self.lanes, columns, values, sums),
+                Simd::Avx2 => x86::avx2(&self.context, self.lanes, rows, sums),
+                Simd::Portable => multiply::<[f32; 8]>(&self.context, self.lanes, rows, sums),
             }
         }
     }
 }
+
+/// Rows of a sparse matrix: row `r` has the entries `starts[r]..starts[r + 1]`.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub starts: &'a [u32],
+    /// [`PADDING`] more than the last start, so that a row can be read in whole strides.
+    pub columns: &'a [u16],
+    /// As many as columns; what lies in the padding does not matter.
+    pub values: &'a [f32],
+}
+
+/// How far columns and values of [`Rows`] reach beyond the last entry.
+pub(super) const PADDING: usize = STRIDE - 1;
+
+/// Entries of a narrow panel that are taken at a time.
+const STRIDE: usize = 8;
 
 trait Vector: Copy {
     const LANES: usize;
@@ -134,61 +166,105 @@ impl Vector for [f32; 8] {
 }
 
 /// # Safety
-/// As [`Panel::multiply`]; `lanes` is a multiple of `V::LANES`, and the machine has the instructions of `V`.
+/// As [`Panel::multiply`]; `lanes` is at most [`MAX_VECTORS`] whole vectors, and the machine has the instructions of `V`.
 #[inline(always)]
-unsafe fn multiply<V: Vector>(context: &[f32], lanes: usize, columns: &[u16], values: &[f32], sums: &mut [f32]) {
-    let mut lane = 0;
-    while lane < lanes {
-        let vectors = ((lanes - lane) / V::LANES).min(10);
-        // SAFETY: the caller's promise; lane + vectors * LANES <= lanes.
-        unsafe {
-            let (context, sums) = (context.as_ptr().add(lane), sums.as_mut_ptr().add(lane));
-            // The second number keeps at least eight sums in flight, as a multiply-add takes several cycles.
-            match vectors {
-                1 => strip::<V, 1, 8>(context, lanes, columns, values, sums),
-                2 => strip::<V, 2, 4>(context, lanes, columns, values, sums),
-                3 => strip::<V, 3, 3>(context, lanes, columns, values, sums),
-                4 => strip::<V, 4, 2>(context, lanes, columns, values, sums),
-                5 => strip::<V, 5, 2>(context, lanes, columns, values, sums),
-                6 => strip::<V, 6, 1>(context, lanes, columns, values, sums),
-                7 => strip::<V, 7, 1>(context, lanes, columns, values, sums),
-                8 => strip::<V, 8, 1>(context, lanes, columns, values, sums),
-                9 => strip::<V, 9, 1>(context, lanes, columns, values, sums),
-                _ => strip::<V, 10, 1>(context, lanes, columns, values, sums),
-            }
+unsafe fn multiply<V: Vector>(context: &[f32], lanes: usize, rows: Rows<'_>, sums: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match lanes / V::LANES {
+            1 => narrow::<V, 1>(context, rows, sums),
+            2 => narrow::<V, 2>(context, rows, sums),
+            3 => wide::<V, 3>(context, rows, sums),
+            4 => wide::<V, 4>(context, rows, sums),
+            5 => wide::<V, 5>(context, rows, sums),
+            6 => wide::<V, 6>(context, rows, sums),
+            7 => wide::<V, 7>(context, rows, sums),
+            8 => wide::<V, 8>(context, rows, sums),
+            9 => wide::<V, 9>(context, rows, sums),
+            _ => wide::<V, MAX_VECTORS>(context, rows, sums),
         }
-        lane += vectors * V::LANES;
     }
 }
 
-/// `N` vectors of sums, held in registers over all values; `WAYS` values at a time.
+/// Panels of `N` vectors, entry by entry: `N` multiply-adds are under way at a time.
 ///
 /// # Safety
-/// As [`multiply`], with `N * V::LANES` lanes from `context` and `sums` on.
+/// As [`multiply`], with panels of `N` vectors.
 #[inline(always)]
-unsafe fn strip<V: Vector, const N: usize, const WAYS: usize>(
-    context: *const f32,
-    lanes: usize,
-    columns: &[u16],
-    values: &[f32],
-    sums: *mut f32,
-) {
-    // SAFETY: each column's row of `lanes` numbers lies inside the context, and `sums` has N vectors.
-    unsafe {
-        let mut partial = [[V::splat(0.0); N]; WAYS];
-        let (mut columns, mut values) = (columns.chunks_exact(WAYS), values.chunks_exact(WAYS));
-        for (columns, values) in (&mut columns).zip(&mut values) {
-            for ((sums, &column), &value) in partial.iter_mut().zip(columns).zip(values) {
-                add_row(sums, context.add(usize::from(column) * lanes), value);
+unsafe fn wide<V: Vector, const N: usize>(context: &[f32], rows: Rows<'_>, sums: &mut [f32]) {
+    for (bounds, sums) in rows.starts.windows(2).zip(sums.chunks_exact_mut(N * V::LANES)) {
+        let entries = bounds[0] as usize..bounds[1] as usize;
+        // SAFETY: each column's row of N vectors lies inside the context, and `sums` has N vectors.
+        unsafe {
+            let mut total = [V::splat(0.0); N];
+            for (&column, &value) in rows.columns[entries.clone()].iter().zip(&rows.values[entries]) {
+                add_row(&mut total, context.as_ptr().add(usize::from(column).wrapping_mul(N * V::LANES)), value);
             }
+            store_row(&total, sums);
         }
-        for (&column, &value) in columns.remainder().iter().zip(values.remainder()) {
-            add_row(&mut partial[0], context.add(usize::from(column) * lanes), value);
+    }
+}
+
+/// Panels of few vectors: [`STRIDE`] entries at a time, those of the next row times zero, so that short rows of unequal
+/// length neither wait on one sum nor mislead the branch predictor.
+///
+/// # Safety
+/// As [`multiply`], with panels of `N` vectors.
+#[inline(always)]
+unsafe fn narrow<V: Vector, const N: usize>(context: &[f32], rows: Rows<'_>, sums: &mut [f32]) {
+    const WAYS: usize = 4;
+    for (bounds, sums) in rows.starts.windows(2).zip(sums.chunks_exact_mut(N * V::LANES)) {
+        let (mut at, end) = (bounds[0] as usize, bounds[1] as usize);
+        // SAFETY: as for `wide`; columns and values are sliced with the padding.
+        unsafe {
+            let mut partial = [[V::splat(0.0); N]; WAYS];
+            while at < end {
+                let columns = &rows.columns[at..at + STRIDE];
+                let kept = &KEEP[(end - at).min(STRIDE)];
+                let mut values = [0.0; STRIDE];
+                for ((value, stored), kept) in values.iter_mut().zip(&rows.values[at..at + STRIDE]).zip(kept) {
+                    *value = f32::from_bits(stored.to_bits() & kept);
+                }
+                for (entry, (&column, value)) in columns.iter().zip(values).enumerate() {
+                    let row = context.as_ptr().add(usize::from(column).wrapping_mul(N * V::LANES));
+                    add_row(&mut partial[entry % WAYS], row, value);
+                }
+                at += STRIDE;
+            }
+            let [mut total, rest @ ..] = partial;
+            for sums in rest {
+                for (total, sum) in total.iter_mut().zip(sums) {
+                    *total = total.add(sum);
+                }
+            }
+            store_row(&total, sums);
         }
-        for n in 0..N {
-            let total = partial.iter().skip(1).fold(partial[0][n], |total, sums| total.add(sums[n]));
-            total.store(sums.add(n * V::LANES));
+    }
+}
+
+/// Row `n` keeps the first `n` numbers.
+const KEEP: [[u32; STRIDE]; STRIDE + 1] = {
+    let mut keep = [[0; STRIDE]; STRIDE + 1];
+    let mut n = 0;
+    while n <= STRIDE {
+        let mut entry = 0;
+        while entry < n {
+            keep[n][entry] = u32::MAX;
+            entry += 1;
         }
+        n += 1;
+    }
+    keep
+};
+
+/// # Safety
+/// The machine has the instructions of `V`, and `sums` has `N` vectors.
+#[inline(always)]
+unsafe fn store_row<V: Vector, const N: usize>(total: &[V; N], sums: &mut [f32]) {
+    debug_assert_eq!(sums.len(), N * V::LANES);
+    for (n, total) in total.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { total.store(sums.as_mut_ptr().add(n * V::LANES)) };
     }
 }
 
@@ -207,25 +283,75 @@ unsafe fn add_row<V: Vector, const N: usize>(sums: &mut [V; N], row: *const f32,
     }
 }
 
+/// Output features whose sums are kept before they are written: one cache line of f32 in every row.
+pub(super) const TILE: usize = 16;
+
+/// The sums of four lanes for [`TILE`] rows of a matrix, `sums[row, lane]`, as `[lane, row]`.
+#[inline(always)]
+pub(super) fn turn(sums: &[f32], lanes: usize, first_lane: usize, turned: &mut [[f32; TILE]; 4]) {
+    for row in (0..TILE).step_by(4) {
+        let at = |row: usize| sums[row * lanes + first_lane..].first_chunk::<4>().copied().unwrap_or_default();
+        let four = transpose([at(row), at(row + 1), at(row + 2), at(row + 3)]);
+        for (turned, four) in turned.iter_mut().zip(four) {
+            if let Some(turned) = turned[row..].first_chunk_mut::<4>() {
+                *turned = four;
+            }
+        }
+    }
+}
+
+/// Asks for a stretch of memory that is needed soon: rows lie too far apart for the machine to foresee them.
+#[inline(always)]
+pub(super) fn prefetch<T>(numbers: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: x86-64 has SSE; a prefetch touches no memory that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(numbers.as_ptr().cast()) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn transpose(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
+    use std::arch::x86_64::*;
+    // SAFETY: x86-64 has SSE; each load and store is of four numbers.
+    unsafe {
+        let [mut a, mut b, mut c, mut d] = rows.map(|row| _mm_loadu_ps(row.as_ptr()));
+        _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+        [a, b, c, d].map(|row| {
+            let mut four = [0.0; 4];
+            _mm_storeu_ps(four.as_mut_ptr(), row);
+            four
+        })
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn transpose(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
+    std::array::from_fn(|lane| std::array::from_fn(|row| rows[row][lane]))
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Vector, multiply};
+    use super::{Rows, Vector, multiply};
     use std::arch::x86_64::*;
 
     /// # Safety
     /// As [`multiply`].
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn avx512(context: &[f32], lanes: usize, columns: &[u16], values: &[f32], sums: &mut [f32]) {
+    pub unsafe fn avx512(context: &[f32], lanes: usize, rows: Rows<'_>, sums: &mut [f32]) {
         // SAFETY: the caller's promise.
-        unsafe { multiply::<__m512>(context, lanes, columns, values, sums) }
+        unsafe { multiply::<__m512>(context, lanes, rows, sums) }
     }
 
     /// # Safety
     /// As [`multiply`].
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(context: &[f32], lanes: usize, columns: &[u16], values: &[f32], sums: &mut [f32]) {
+    pub unsafe fn avx2(context: &[f32], lanes: usize, rows: Rows<'_>, sums: &mut [f32]) {
         // SAFETY: the caller's promise.
-        unsafe { multiply::<__m256>(context, lanes, columns, values, sums) }
+        unsafe { multiply::<__m256>(context, lanes, rows, sums) }
     }
 
     macro_rules! vector {
@@ -288,20 +414,27 @@ mod tests {
         for (in_features, rows) in [(5, 1), (64, 3), (64, 8), (40, 9), (33, 77), (48, 154), (32, 170), (8192, 40)] {
             let context: Vec<f32> = (0..in_features * rows).map(|_| uniform()).collect();
             for count in [0usize, 1, 2, 7, 8, 30] {
-                let columns: Vec<u16> = (0..count).map(|e| (e * 31 % in_features) as u16).collect();
-                let values: Vec<f32> = (0..count).map(|_| uniform()).collect();
+                let mut columns: Vec<u16> = (0..count).map(|e| (e * 31 % in_features) as u16).collect();
+                let mut values: Vec<f32> = (0..count).map(|_| uniform()).collect();
+                columns.extend([0; PADDING]);
+                values.extend([f32::NAN; PADDING]);
                 for &simd in &widths {
                     let all: Vec<u32> = (0..rows as u32).collect();
                     let mut seen = 0;
-                    for panel in Panel::split(&context, in_features, &all).unwrap() {
-                        let mut sums = vec![f32::NAN; panel.lanes];
-                        // SAFETY: the width is detected, the columns are below in_features.
-                        unsafe { panel.multiply(simd, &columns, &values, &mut sums) };
-                        for (&row, &sum) in panel.rows.iter().zip(&sums) {
+                    for panel in Panel::split_for(simd, &context, in_features, &all).unwrap() {
+                        // An empty row, then the one that is looked at.
+                        let starts = [0, 0, count as u32];
+                        let mut sums = vec![f32::NAN; 2 * panel.lanes];
+                        let sparse = Rows { starts: &starts, columns: &columns, values: &values };
+                        // SAFETY: the columns are below in_features.
+                        unsafe { panel.multiply(sparse, &mut sums) };
+                        let (empty, sums) = sums.split_at(panel.lanes);
+                        assert!(empty.iter().all(|&sum| sum == 0.0));
+                        for (&row, &sum) in panel.rows.iter().zip(sums) {
                             let product = |(&column, &value): (&u16, &f32)| {
                                 f64::from(value) * f64::from(context[row as usize * in_features + column as usize])
                             };
-                            let expected: f64 = columns.iter().zip(&values).map(product).sum();
+                            let expected: f64 = columns.iter().zip(&values).take(count).map(product).sum();
                             assert!((f64::from(sum) - expected).abs() < 1e-5, "{simd:?} {rows} {count}");
                             seen += 1;
                         }

@@ -69,13 +69,13 @@ impl Weights {
         }
     }
 
-    /// The weight at an index, as f32: exact for every stored type.
-    #[inline]
-    pub(super) fn get(&self, index: usize) -> f32 {
+    /// The weights at some indices, as f32: exact for every stored type.
+    pub(super) fn gather(&self, indices: &[u32], to: &mut [f32]) {
+        let pairs = to.iter_mut().zip(indices);
         match self {
-            Self::F32(weights) => weights[index],
-            Self::F16(weights) => weights[index].to_f32(),
-            Self::Bf16(weights) => weights[index].to_f32(),
+            Self::F32(weights) => pairs.for_each(|(to, &index)| *to = weights[index as usize]),
+            Self::F16(weights) => pairs.for_each(|(to, &index)| *to = weights[index as usize].to_f32()),
+            Self::Bf16(weights) => pairs.for_each(|(to, &index)| *to = weights[index as usize].to_f32()),
         }
     }
 }
@@ -176,7 +176,8 @@ impl Projections {
     /// The result does not depend on the number of threads. Errors: `InvalidArgument` if the sizes disagree;
     /// `OutOfMemory`.
     pub fn keys_values(&self, context: &[f32], batch: usize, tokens: usize, pool: &ThreadPool) -> Result<KeysValues> {
-        const COLUMNS: usize = 64;
+        // Divides the widths of Stable Diffusion; the context is packed anew for each block.
+        const COLUMNS: usize = 160;
         let rows = batch.checked_mul(tokens).filter(|&rows| rows > 0 && u32::try_from(rows).is_ok());
         let Some(rows) = rows.filter(|rows| rows.checked_mul(self.in_features) == Some(context.len())) else {
             return Err(Error::invalid_argument(format!(
