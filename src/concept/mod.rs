@@ -8,7 +8,7 @@
 
 mod codec;
 mod compose;
-mod file;
+pub mod file;
 mod fingerprint;
 mod kernel;
 mod projections;

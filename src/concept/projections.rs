@@ -17,6 +17,7 @@ use super::fingerprint::{Fingerprint, Hasher};
 use super::kernel::Panel;
 use super::set::{projection_weights, zeroed};
 use crate::error::{Error, Result};
+use crate::onnx::{DataType, Model, attention};
 
 /// Weights in the type in which a model stores them.
 #[derive(Clone, Debug, PartialEq)]
@@ -139,6 +140,39 @@ impl Projections {
         Ok(Self { id: next_id(), projections, in_features, fingerprint: OnceLock::new() })
     }
 
+    /// Reads the weights of a model's projections, in whatever layout and packing they are stored.
+    ///
+    /// Errors: as [`Projections::new`]; `Unsupported` for weights that are not float32, float16 or bfloat16; what reading
+    /// the model gives.
+    pub fn from_model(model: &Model, projections: &[attention::Projection]) -> Result<Self> {
+        let read = |projection: &attention::Projection| {
+            let bytes = projection.read_weight(model)?;
+            let weights = match projection.weight.data_type {
+                DataType::Float => Weights::F32(numbers(&bytes)?),
+                DataType::Float16 => Weights::F16(numbers(&bytes)?),
+                DataType::Bfloat16 => Weights::Bf16(numbers(&bytes)?),
+                other => {
+                    return Err(Error::unsupported(format!(
+                        "its weights are of {other:?}; float32, float16 and bfloat16 are handled"
+                    )));
+                }
+            };
+            Ok(ProjectionWeights {
+                path: projection.path.clone(),
+                out_features: projection.out_features,
+                in_features: projection.in_features,
+                weights,
+                bias: projection.read_bias(model)?,
+            })
+        };
+        let mut read_all = Vec::new();
+        read_all.try_reserve_exact(projections.len())?;
+        for projection in projections {
+            read_all.push(read(projection).map_err(|error| error.at(&projection.path))?);
+        }
+        Self::new(read_all)
+    }
+
     /// The projections, in byte-wise order of their module paths.
     pub fn as_slice(&self) -> &[ProjectionWeights] {
         &self.projections
@@ -231,6 +265,15 @@ impl Projections {
             base,
         })
     }
+}
+
+/// Little-endian elements as numbers of this machine.
+fn numbers<T: Copy + Default + bytemuck::Pod>(bytes: &[u8]) -> Result<Vec<T>> {
+    let mut numbers = zeroed::<T>(bytes.len() / size_of::<T>())?;
+    for (number, bytes) in numbers.iter_mut().zip(bytes.chunks_exact(size_of::<T>())) {
+        *number = bytemuck::pod_read_unaligned(bytes);
+    }
+    Ok(numbers)
 }
 
 fn next_id() -> u64 {
