@@ -144,7 +144,10 @@ fn swaps(base: &Projections, pool: &ThreadPool) -> Outcome {
     let mut random = ChaCha8Rng::seed_from_u64(9);
     let context: Vec<f32> = (0..BATCH * TOKENS * CONTEXT).map(|_| uniform(&mut random)).collect();
     let prompt = base.keys_values(&context, BATCH, TOKENS, pool)?;
-    let ms = fastest_ms(10, || Ok(drop(base.keys_values(&context, BATCH, TOKENS, pool)?)))?;
+    let ms = fastest_ms(10, || {
+        base.keys_values(&context, BATCH, TOKENS, pool)?;
+        Ok(())
+    })?;
     figure("new_prompt_ms_sd15", ms, "", "base keys and values of a prompt, 77 tokens, batch 2");
 
     let concepts: Vec<Concept> = (0..4).map(|seed| concept(base, 0.01, false, 10 + seed)).collect::<Outcome<_>>()?;
