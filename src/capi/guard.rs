@@ -49,14 +49,9 @@ pub(super) fn guard(name: &'static str, body: impl FnOnce(&mut Call) -> Result<(
     guard_with(name, Fork::Refused, body)
 }
 
-/// Runs the body of a `*_free`: in a forked child it does nothing, and that is reported but leaves no text.
+/// Runs a `*_free`. In a forked child it leaks the object: its threads are not there to end.
 pub(super) fn guard_free<T: Object>(name: &'static str, pointer: *mut T) -> Status {
     guard_with(name, Fork::Refused, |_| if pointer.is_null() { Ok(()) } else { T::table().remove(pointer) })
-}
-
-/// Runs the body of an export that only touches memory of its own and so works in a forked child too.
-pub(super) fn guard_pure(name: &'static str, body: impl FnOnce(&mut Call) -> Result<()>) -> Status {
-    guard_with(name, Fork::Allowed, body)
 }
 
 /// Runs the body of an export that returns a plain value; `fallback` is returned if it panics.

@@ -19,6 +19,10 @@ mod handle;
 mod inject;
 
 pub mod cancel;
+pub mod concept;
+pub mod log;
+pub mod runtime;
+pub mod session;
 pub mod status;
 pub mod tensor;
 pub mod version;

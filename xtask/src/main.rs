@@ -4,6 +4,7 @@
 mod bench;
 mod demo;
 mod eval;
+mod header;
 mod place;
 mod python;
 mod test;
@@ -56,13 +57,9 @@ fn main() -> Result<()> {
         Command::Test { full, filter } => test::run(full, filter.as_deref()),
         Command::Bench { small } => bench::run(small),
         Command::Eval { what, full } => eval::run(what, full),
-        Command::Header => header(),
+        Command::Header => header::write(&place::root()),
         Command::Setup => setup(),
     }
-}
-
-fn header() -> Result<()> {
-    anyhow::bail!("the header is not generated yet")
 }
 
 fn setup() -> Result<()> {
