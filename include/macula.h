@@ -270,6 +270,43 @@ typedef int32_t macula_dtype;
 typedef int32_t macula_device;
 
 /**
+ * A view of an array of numbers.
+ *
+ * `byte_len` says again what `dtype` and `shape` say: a call is refused with `INVALID_ARGUMENT` unless it equals
+ * element size times the product of the dimensions. So a forgotten dimension cannot become a wild read.
+ */
+typedef struct macula_tensor {
+  /**
+   * First element; not NULL unless a dimension is 0. Read only where the function says that it reads.
+   */
+  void *data;
+  /**
+   * Size of the memory in bytes.
+   */
+  uint64_t byte_len;
+  /**
+   * Dimensions, outermost first, each >= 0; those from `rank` on are ignored.
+   */
+  int64_t shape[8];
+  /**
+   * Number of dimensions, 0 (a single number) to `MACULA_MAX_RANK`.
+   */
+  uint32_t rank;
+  /**
+   * Element type, one of `MACULA_DTYPE_*`.
+   */
+  macula_dtype dtype;
+  /**
+   * Where the memory lies: `MACULA_DEVICE_CPU`.
+   */
+  macula_device device;
+  /**
+   * Which device of that kind; 0 for the CPU.
+   */
+  int32_t device_id;
+} macula_tensor;
+
+/**
  * 32-bit IEEE floating point.
  */
 #define MACULA_DTYPE_F32 1
@@ -316,7 +353,7 @@ typedef struct macula_cancel_token macula_cancel_token;
  *
  * Errors: `INVALID_ARGUMENT`. Any thread.
  */
-macula_status macula_cancel_token_create(macula_cancel_token **out_token);
+macula_status macula_cancel_token_create(struct macula_cancel_token **out_token);
 
 /**
  * Stops every job that runs with the token, and each that starts with it later, until `macula_cancel_token_reset`.
@@ -326,7 +363,7 @@ macula_status macula_cancel_token_create(macula_cancel_token **out_token);
  *
  * Errors: `INVALID_ARGUMENT`. Any thread, also from inside a callback; not from a signal handler.
  */
-macula_status macula_cancel_token_cancel(macula_cancel_token *token);
+macula_status macula_cancel_token_cancel(struct macula_cancel_token *token);
 
 /**
  * Makes a cancelled token usable for another job.
@@ -335,7 +372,7 @@ macula_status macula_cancel_token_cancel(macula_cancel_token *token);
  *
  * Errors: `INVALID_ARGUMENT`. Any thread.
  */
-macula_status macula_cancel_token_reset(macula_cancel_token *token);
+macula_status macula_cancel_token_reset(struct macula_cancel_token *token);
 
 /**
  * Whether the token is cancelled.
@@ -345,7 +382,8 @@ macula_status macula_cancel_token_reset(macula_cancel_token *token);
  *
  * Errors: `INVALID_ARGUMENT`. Any thread.
  */
-macula_status macula_cancel_token_is_cancelled(const macula_cancel_token *token, int32_t *out_cancelled);
+macula_status macula_cancel_token_is_cancelled(const struct macula_cancel_token *token,
+                                               int32_t *out_cancelled);
 
 /**
  * Frees a token. Jobs that still run with it go on, and can no longer be stopped by it.
@@ -354,7 +392,841 @@ macula_status macula_cancel_token_is_cancelled(const macula_cancel_token *token,
  *
  * Errors: `INVALID_ARGUMENT` for a handle that is not live. Any thread.
  */
-macula_status macula_cancel_token_free(macula_cancel_token *token);
+macula_status macula_cancel_token_free(struct macula_cancel_token *token);
+
+
+/* ==============================================================================================================
+ * Log
+ *
+ * What the library and ONNX Runtime have to say besides their results. It goes to the callbacks of the live runtime
+ * handles and nowhere else: with no callback, nothing is said. One process has one ONNX Runtime, so each callback hears
+ * all of it.
+ * ============================================================================================================== */
+
+/**
+ * How much is logged, or how grave a message is: one of `MACULA_LOG_*`.
+ */
+typedef int32_t macula_log_level;
+
+/**
+ * Receives one message.
+ *
+ * - `userdata`: what was given beside the callback.
+ * - `level`: how grave it is, `MACULA_LOG_ERROR` to `MACULA_LOG_DEBUG`.
+ * - `target`: which part speaks, e.g. `"macula::onnxruntime"`; never NULL; stays for the call only.
+ * - `message`: the message, one or more lines without a line end; never NULL; stays for the call only.
+ *
+ * Called on any thread, also on several at once, and also on threads of ONNX Runtime. It may call any function of this
+ * header; freeing the runtime handle that it belongs to is `BUSY` from inside it.
+ */
+typedef void (*macula_log_fn)(void *userdata, macula_log_level level, const char *target, const char *message);
+
+/**
+ * Nothing.
+ */
+#define MACULA_LOG_OFF 0
+
+/**
+ * Something failed.
+ */
+#define MACULA_LOG_ERROR 1
+
+/**
+ * Something works, but otherwise than a host may expect: a provider that was replaced, a damaged cache made anew.
+ */
+#define MACULA_LOG_WARNING 2
+
+/**
+ * What was chosen and found.
+ */
+#define MACULA_LOG_INFO 3
+
+/**
+ * Everything.
+ */
+#define MACULA_LOG_DEBUG 4
+
+
+/* ==============================================================================================================
+ * Runtime
+ *
+ * ONNX Runtime runs the models. The library does not contain it: it loads one, once for the process, by absolute path
+ * and after looking at it, so a missing, damaged or old one is a status and never a crash. It is looked for in this
+ * order: the host's own `OrtApiBase`; `library` of the options; the environment variable `MACULA_ONNXRUNTIME` (a file
+ * or a folder); the folder of this library; `onnxruntime` beside or above that folder; `macula/onnxruntime` in the
+ * user's data folder. The first three are commands: when one is given, nothing else is tried.
+ * ============================================================================================================== */
+
+/**
+ * ONNX Runtime, loaded and checked.
+ */
+typedef struct macula_runtime macula_runtime;
+
+/**
+ * Where ONNX Runtime comes from and who hears the log.
+ */
+typedef struct macula_runtime_options {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The host's own ONNX Runtime: the `const OrtApiBase *` that its `OrtGetApiBase()` returned; the library it comes
+   * from must stay loaded until the process ends. May be NULL. Default: `NULL`.
+   */
+  const void *ort_api_base;
+  /**
+   * Path of the shared library, or of a folder that holds it. May be NULL. Default: `NULL`.
+   */
+  const char *library;
+  /**
+   * Receives log messages while the handle lives. May be NULL. Default: `NULL`.
+   */
+  macula_log_fn log;
+  /**
+   * Given to `log` as it is. May be NULL. Default: `NULL`.
+   */
+  void *log_userdata;
+  /**
+   * The least grave level that `log` hears. Default: `MACULA_LOG_WARNING`.
+   */
+  macula_log_level log_level;
+  /**
+   * Not used; 0. Default: `0`.
+   */
+  int32_t reserved;
+} macula_runtime_options;
+
+/**
+ * The defaults: `macula_runtime_options x = MACULA_RUNTIME_OPTIONS_INIT;`
+ */
+#define MACULA_RUNTIME_OPTIONS_INIT { sizeof(macula_runtime_options), NULL, NULL, NULL, NULL, MACULA_LOG_WARNING, 0 }
+
+/**
+ * What was loaded. The texts belong to the runtime handle.
+ */
+typedef struct macula_runtime_info {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * ONNX Runtime's version, e.g. `"1.32.0"`; never NULL.
+   */
+  const char *version;
+  /**
+   * Absolute path of its library; NULL if the host gave the `OrtApiBase` and its library cannot be told.
+   */
+  const char *library;
+  /**
+   * Names of the providers that it was compiled with, e.g. `"CUDAExecutionProvider"`. That says nothing about the
+   * drivers of this machine.
+   */
+  const char *const *providers;
+  /**
+   * Number of `providers`.
+   */
+  size_t provider_count;
+} macula_runtime_info;
+
+/**
+ * An empty struct to be filled in: `macula_runtime_info x = MACULA_RUNTIME_INFO_INIT;`
+ */
+#define MACULA_RUNTIME_INFO_INIT { sizeof(macula_runtime_info), 0, 0, 0, 0 }
+
+
+/**
+ * Loads ONNX Runtime, or gives another handle on the one that this process already uses.
+ *
+ * - `options`: where it comes from; may be NULL for the search order above and no log.
+ * - `out_runtime`: receives the runtime; not NULL. Free it with `macula_runtime_free`; ONNX Runtime itself stays
+ *   loaded until the process ends.
+ *
+ * Errors: `RUNTIME_UNAVAILABLE`, within a second, with what was tried, found and needed; also when another library is
+ * asked for than the one that the process already uses. `UNSUPPORTED`. Any thread.
+ */
+macula_status macula_runtime_create(const struct macula_runtime_options *options,
+                                    struct macula_runtime **out_runtime);
+
+/**
+ * What was loaded.
+ *
+ * - `runtime`: a live runtime; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_RUNTIME_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread; never waits.
+ */
+macula_status macula_runtime_get_info(const struct macula_runtime *runtime,
+                                      struct macula_runtime_info *out_info);
+
+/**
+ * Frees a runtime handle and ends its log callback; waits for one that is running on another thread. Pipelines that
+ * were opened with it go on.
+ *
+ * - `runtime`: a live runtime; may be NULL, then nothing happens.
+ *
+ * Errors: `BUSY` from inside a log callback. Any thread.
+ */
+macula_status macula_runtime_free(struct macula_runtime *runtime);
+
+
+/* ==============================================================================================================
+ * Providers, threads and caches
+ *
+ * How the models of a pipeline are run. A provider that was asked for and cannot run is an error that says why; the
+ * library falls back to a simpler one only if `allow_fallback` says so, and tells in the pipeline's information.
+ * ============================================================================================================== */
+
+/**
+ * What runs the models: one of `MACULA_PROVIDER_*`.
+ */
+typedef int32_t macula_provider;
+
+/**
+ * How cuDNN chooses a convolution's algorithm for a new shape: one of `MACULA_CONVOLUTION_SEARCH_*`.
+ */
+typedef int32_t macula_convolution_search;
+
+/**
+ * How far graphs are rewritten before they run: one of `MACULA_OPTIMIZATION_*`.
+ */
+typedef int32_t macula_optimization;
+
+/**
+ * The sizes of one model input that TensorRT builds engines for.
+ */
+typedef struct macula_shape_profile {
+  /**
+   * Name of the input, e.g. `"sample"`; not NULL.
+   */
+  const char *input;
+  /**
+   * Smallest sizes, each >= 0; those from `rank` on are ignored. The same for the next two.
+   */
+  int64_t min[8];
+  /**
+   * Sizes that the engine is tuned for.
+   */
+  int64_t opt[8];
+  /**
+   * Largest sizes.
+   */
+  int64_t max[8];
+  /**
+   * Number of dimensions, 0 to `MACULA_MAX_RANK`.
+   */
+  uint32_t rank;
+  /**
+   * Not used; 0.
+   */
+  uint32_t reserved;
+} macula_shape_profile;
+
+/**
+ * How models are run.
+ */
+typedef struct macula_session_options {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Folder for optimised graphs, which make later opens of the same model several times faster; made if it is
+   * missing. A damaged entry is made anew. May be NULL: none is kept. Default: `NULL`.
+   */
+  const char *cache_folder;
+  /**
+   * Cores for the threads, as ONNX Runtime writes it (`"1,2;3,4"`: one entry a thread but the first). May be NULL.
+   * Default: `NULL`.
+   */
+  const char *affinity;
+  /**
+   * TensorRT: folder for built engines. May be NULL: they are built for each open. Default: `NULL`.
+   */
+  const char *engine_cache;
+  /**
+   * TensorRT: folder for the timings of its tactics, which make later builds faster. May be NULL. Default: `NULL`.
+   */
+  const char *timing_cache;
+  /**
+   * TensorRT: shapes to build for, `profile_count` of them. NULL if there are none. Default: `NULL`.
+   */
+  const struct macula_shape_profile *profiles;
+  /**
+   * Number of `profiles`. Default: `0`.
+   */
+  size_t profile_count;
+  /**
+   * CUDA and TensorRT: most device memory of one model's arena in bytes; 0 for no limit. Default: `0`.
+   */
+  uint64_t memory_limit;
+  /**
+   * TensorRT: most workspace of an engine in bytes; 0 for its own choice. Default: `0`.
+   */
+  uint64_t max_workspace;
+  /**
+   * What runs the models. Default: `MACULA_PROVIDER_CPU`.
+   */
+  macula_provider provider;
+  /**
+   * CUDA and TensorRT: number of the device, from 0. Default: `0`.
+   */
+  int32_t device_id;
+  /**
+   * 1: a provider that cannot run is replaced by the next simpler one (TensorRT, CUDA, CPU). Default: `0`.
+   */
+  int32_t allow_fallback;
+  /**
+   * Threads that share the work of one operator; 0 for one per physical core. Default: `0`.
+   */
+  uint32_t threads;
+  /**
+   * Threads that run operators side by side; 1 runs them in order. Default: `1`.
+   */
+  uint32_t inter_op_threads;
+  /**
+   * 1: threads without work burn CPU time to start faster. Default: `0`.
+   */
+  int32_t spinning;
+  /**
+   * How far graphs are rewritten. Default: `MACULA_OPTIMIZATION_ALL`.
+   */
+  macula_optimization optimization;
+  /**
+   * 1: only kernels that give the same bits every time. Default: `0`.
+   */
+  int32_t deterministic;
+  /**
+   * 1: a run's memory is planned as one block; faster, but a higher peak. Default: `1`.
+   */
+  int32_t memory_pattern;
+  /**
+   * 1: memory comes from an arena, which keeps what it once had. Default: `1`.
+   */
+  int32_t arena;
+  /**
+   * 1: the arena gives unused memory back after each run. Default: `0`.
+   */
+  int32_t shrink_arena;
+  /**
+   * CUDA: 1: the arena grows by what is asked for (least memory), 0: by powers of two. Default: `0`.
+   */
+  int32_t arena_as_requested;
+  /**
+   * CUDA: how convolutions are chosen. Default: `MACULA_CONVOLUTION_SEARCH_HEURISTIC`.
+   */
+  macula_convolution_search convolution_search;
+  /**
+   * CUDA: 1: convolutions may take the workspace that their fastest algorithm wants. Default: `1`.
+   */
+  int32_t convolution_max_workspace;
+  /**
+   * CUDA: 1: fp32 matrix products may round their inputs to TF32 (10 bits of mantissa). Default: `0`.
+   */
+  int32_t tf32;
+  /**
+   * TensorRT: 1: layers may compute in fp16. Default: `0`.
+   */
+  int32_t fp16;
+  /**
+   * TensorRT: how hard the builder searches, 0 to 5; -1 for its own choice. Default: `-1`.
+   */
+  int32_t builder_level;
+  /**
+   * Not used; 0. Default: `0`.
+   */
+  int32_t reserved;
+} macula_session_options;
+
+/**
+ * The defaults: `macula_session_options x = MACULA_SESSION_OPTIONS_INIT;`
+ */
+#define MACULA_SESSION_OPTIONS_INIT { sizeof(macula_session_options), NULL, NULL, NULL, NULL, NULL, 0, 0, 0, MACULA_PROVIDER_CPU, 0, 0, 0, 1, 0, MACULA_OPTIMIZATION_ALL, 0, 1, 1, 0, 0, MACULA_CONVOLUTION_SEARCH_HEURISTIC, 1, 0, 0, -1, 0 }
+
+/**
+ * The CPU.
+ */
+#define MACULA_PROVIDER_CPU 0
+
+/**
+ * NVIDIA CUDA; operators that it lacks run on the CPU.
+ */
+#define MACULA_PROVIDER_CUDA 1
+
+/**
+ * NVIDIA TensorRT; what it lacks runs by CUDA, then on the CPU. The first run of a new shape builds engines, which
+ * takes minutes: give `engine_cache`, and `profiles` for the shapes that will be used.
+ */
+#define MACULA_PROVIDER_TENSORRT 2
+
+/**
+ * By rules, in milliseconds.
+ */
+#define MACULA_CONVOLUTION_SEARCH_HEURISTIC 0
+
+/**
+ * By trying all: hundreds of milliseconds for each new shape.
+ */
+#define MACULA_CONVOLUTION_SEARCH_EXHAUSTIVE 1
+
+/**
+ * Always the same one.
+ */
+#define MACULA_CONVOLUTION_SEARCH_DEFAULT 2
+
+/**
+ * Not at all.
+ */
+#define MACULA_OPTIMIZATION_OFF 0
+
+/**
+ * Rewrites that keep the meaning on every provider.
+ */
+#define MACULA_OPTIMIZATION_BASIC 1
+
+/**
+ * And fusions of nodes.
+ */
+#define MACULA_OPTIMIZATION_EXTENDED 2
+
+/**
+ * And memory layouts of this CPU.
+ */
+#define MACULA_OPTIMIZATION_ALL 3
+
+
+/* ==============================================================================================================
+ * Concepts
+ *
+ * A concept is a set of scalar weights of the cross-attention K and V projections, and where it comes from: the base
+ * model that it was found on, the subject's word, how it was searched. It lives in a `.safetensors` file that any
+ * safetensors reader opens. A projection is named by its diffusers module path, for example
+ * `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`; a weight is counted in the layout
+ * `[out_features, in_features]`: `index = row * in_features + column`.
+ *
+ * A concept never changes after it was made, so any number of threads may use one handle at the same time.
+ * ============================================================================================================== */
+
+/**
+ * A set of neurons and where it comes from.
+ */
+typedef struct macula_concept macula_concept;
+
+/**
+ * One projection for `macula_concept_create`.
+ */
+typedef struct macula_layer {
+  /**
+   * Diffusers module path; not NULL, not empty, each only once.
+   */
+  const char *path;
+  /**
+   * Rows of the weight, >= 1.
+   */
+  size_t out_features;
+  /**
+   * Columns of the weight, >= 1; `out_features * in_features` is at most 2^31.
+   */
+  size_t in_features;
+  /**
+   * `count` indices, strictly ascending, each below `out_features * in_features`; NULL only if there are none.
+   */
+  const uint32_t *indices;
+  /**
+   * Number of `indices`; 0 for a projection that was looked at and has no neurons.
+   */
+  size_t count;
+} macula_layer;
+
+/**
+ * What shutting a concept's neurons does: one of `MACULA_ROLE_*`.
+ */
+typedef int32_t macula_role;
+
+/**
+ * Where a concept acts: one of `MACULA_SCOPE_*`.
+ */
+typedef int32_t macula_scope;
+
+/**
+ * Where a new concept comes from.
+ */
+typedef struct macula_concept_options {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Fingerprint of the base model, 64 hexadecimal digits, as in `macula_pipeline_info`; not NULL.
+   * Default: `NULL`.
+   */
+  const char *fingerprint;
+  /**
+   * A name for people. May be NULL. Default: `NULL`.
+   */
+  const char *title;
+  /**
+   * The subject's word in prompts. May be NULL. Default: `NULL`.
+   */
+  const char *trigger;
+  /**
+   * The subject's class. May be NULL. Default: `NULL`.
+   */
+  const char *class_noun;
+  /**
+   * How the set was found. May be NULL. Default: `NULL`.
+   */
+  const char *method;
+  /**
+   * ModelSpec architecture. May be NULL: `"stable-diffusion-v1/concept-neurons"`. Default: `NULL`.
+   */
+  const char *architecture;
+  /**
+   * What shutting the neurons does. Default: `MACULA_ROLE_IMPLANT`.
+   */
+  macula_role role;
+  /**
+   * Where it acts unless told otherwise; `MACULA_SCOPE_DEFAULT` stands for global. Default: `MACULA_SCOPE_GLOBAL`.
+   */
+  macula_scope scope;
+} macula_concept_options;
+
+/**
+ * The defaults: `macula_concept_options x = MACULA_CONCEPT_OPTIONS_INIT;`
+ */
+#define MACULA_CONCEPT_OPTIONS_INIT { sizeof(macula_concept_options), NULL, NULL, NULL, NULL, NULL, NULL, MACULA_ROLE_IMPLANT, MACULA_SCOPE_GLOBAL }
+
+/**
+ * What a concept is. The texts belong to the concept handle.
+ */
+typedef struct macula_concept_info {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Fingerprint of the base model, 64 hexadecimal digits; never NULL.
+   */
+  const char *fingerprint;
+  /**
+   * The subject's word in prompts, e.g. `"<s1>"`; `""` if there is none. The same for the next texts.
+   */
+  const char *trigger;
+  /**
+   * The subject's class, e.g. `"dog"`.
+   */
+  const char *class_noun;
+  /**
+   * A name for people.
+   */
+  const char *title;
+  /**
+   * How the set was found.
+   */
+  const char *method;
+  /**
+   * ModelSpec architecture, e.g. `"stable-diffusion-v1/concept-neurons"`.
+   */
+  const char *architecture;
+  /**
+   * Number of projections that were looked at, for `macula_concept_get_layer`.
+   */
+  size_t layer_count;
+  /**
+   * Number of metadata entries, for `macula_concept_get_entry`.
+   */
+  size_t entry_count;
+  /**
+   * Number of weights in the set.
+   */
+  uint64_t neurons;
+  /**
+   * Number of weights that those projections have.
+   */
+  uint64_t weights;
+  /**
+   * `neurons / weights`, in 0 to 1.
+   */
+  double density;
+  /**
+   * Memory that the set takes, in bytes.
+   */
+  uint64_t memory_bytes;
+  /**
+   * What shutting the neurons does, `MACULA_ROLE_*`.
+   */
+  macula_role role;
+  /**
+   * Where the concept acts unless told otherwise: `MACULA_SCOPE_GLOBAL` or `MACULA_SCOPE_LOCAL`.
+   */
+  macula_scope scope;
+} macula_concept_info;
+
+/**
+ * An empty struct to be filled in: `macula_concept_info x = MACULA_CONCEPT_INFO_INIT;`
+ */
+#define MACULA_CONCEPT_INFO_INIT { sizeof(macula_concept_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+/**
+ * One projection of a concept. The text belongs to the concept handle.
+ */
+typedef struct macula_layer_info {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Diffusers module path; never NULL.
+   */
+  const char *path;
+  /**
+   * Rows of the weight.
+   */
+  size_t out_features;
+  /**
+   * Columns of the weight.
+   */
+  size_t in_features;
+  /**
+   * Number of its weights in the set.
+   */
+  size_t neurons;
+} macula_layer_info;
+
+/**
+ * An empty struct to be filled in: `macula_layer_info x = MACULA_LAYER_INFO_INIT;`
+ */
+#define MACULA_LAYER_INFO_INIT { sizeof(macula_layer_info), 0, 0, 0, 0 }
+
+/**
+ * What two concepts have in common.
+ */
+typedef struct macula_overlap {
+  /**
+   * Weights of both.
+   */
+  uint64_t intersection_count;
+  /**
+   * Weights of either.
+   */
+  uint64_t union_count;
+  /**
+   * `intersection_count / union_count`, the Jaccard index, in 0 to 1; 0 for two empty sets.
+   */
+  double jaccard;
+} macula_overlap;
+
+/**
+ * It draws the subject: the set is meant for `macula_compose`.
+ */
+#define MACULA_ROLE_IMPLANT 0
+
+/**
+ * It removes the subject: the set is meant for `macula_ablate`.
+ */
+#define MACULA_ROLE_ERASE 1
+
+/**
+ * As the concept's file says.
+ */
+#define MACULA_SCOPE_DEFAULT 0
+
+/**
+ * On every token of every prompt, the negative one too (the paper's).
+ */
+#define MACULA_SCOPE_GLOBAL 1
+
+/**
+ * On the tokens of the concept's own words only. K and V belong to one token each, so this is exact, and concepts do
+ * not disturb each other.
+ */
+#define MACULA_SCOPE_LOCAL 2
+
+
+/**
+ * Reads a concept file. The file is read whole and closed; it may change or go away afterwards.
+ *
+ * - `file`: path; not NULL.
+ * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `NOT_FOUND`, `IO`; `INVALID_FILE` for a damaged, truncated or foreign file; `UNSUPPORTED` for a newer format;
+ * `LIMIT_EXCEEDED` above 1 GiB. Any thread.
+ */
+macula_status macula_concept_load(const char *file,
+                                  struct macula_concept **out_concept);
+
+/**
+ * Reads the content of a concept file from memory. The memory is not kept.
+ *
+ * - `data`: the bytes; not NULL.
+ * - `byte_len`: how many; as much as `data` holds.
+ * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: as `macula_concept_load`. Any thread.
+ */
+macula_status macula_concept_load_bytes(const void *data,
+                                        size_t byte_len,
+                                        struct macula_concept **out_concept);
+
+/**
+ * Makes a concept from lists of weights.
+ *
+ * - `layers`: the projections that were looked at, `layer_count` of them, in any order; not NULL.
+ * - `layer_count`: how many; >= 1.
+ * - `options`: where it comes from; not NULL, because `fingerprint` has no default.
+ * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` for indices that are not ascending or out of range, with the projection's path. Any thread.
+ */
+macula_status macula_concept_create(const struct macula_layer *layers,
+                                    size_t layer_count,
+                                    const struct macula_concept_options *options,
+                                    struct macula_concept **out_concept);
+
+/**
+ * Writes a concept file: to a temporary file beside it, then renamed, so that no reader sees half a file and a failure
+ * leaves what was there.
+ *
+ * - `concept`: a live concept; not NULL.
+ * - `file`: path; not NULL. Name it `*.safetensors`.
+ *
+ * Errors: `NOT_FOUND` if the folder is missing, `IO`. Any thread.
+ */
+macula_status macula_concept_save(const struct macula_concept *concept,
+                                  const char *file);
+
+/**
+ * Frees a concept. Compositions that use it keep what they need.
+ *
+ * - `concept`: a live concept; may be NULL, then nothing happens.
+ *
+ * Any thread.
+ */
+macula_status macula_concept_free(struct macula_concept *concept);
+
+/**
+ * What a concept is.
+ *
+ * - `concept`: a live concept; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_CONCEPT_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_concept_get_info(const struct macula_concept *concept,
+                                      struct macula_concept_info *out_info);
+
+/**
+ * One projection of a concept, in the order of the paths' bytes.
+ *
+ * - `concept`: a live concept; not NULL.
+ * - `layer`: below `layer_count` of `macula_concept_info`.
+ * - `out_info`: an initialised struct (`MACULA_LAYER_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_concept_get_layer(const struct macula_concept *concept,
+                                       size_t layer,
+                                       struct macula_layer_info *out_info);
+
+/**
+ * Copies the indices of one projection's neurons, ascending.
+ *
+ * - `concept`: a live concept; not NULL.
+ * - `layer`: below `layer_count` of `macula_concept_info`.
+ * - `out_indices`: room for `count` numbers; not NULL.
+ * - `count`: must be `neurons` of `macula_layer_info`.
+ *
+ * Any thread.
+ */
+macula_status macula_concept_get_indices(const struct macula_concept *concept,
+                                         size_t layer,
+                                         uint32_t *out_indices,
+                                         size_t count);
+
+/**
+ * One entry of a concept's metadata, as it stands in the file, in the order of the keys' bytes.
+ *
+ * - `concept`: a live concept; not NULL.
+ * - `entry`: below `entry_count` of `macula_concept_info`.
+ * - `out_key`: receives the key, e.g. `"modelspec.title"`; not NULL. The text belongs to the concept.
+ * - `out_value`: receives the value; not NULL. The text belongs to the concept.
+ *
+ * Any thread.
+ */
+macula_status macula_concept_get_entry(const struct macula_concept *concept,
+                                       size_t entry,
+                                       const char **out_key,
+                                       const char **out_value);
+
+/**
+ * One value of a concept's metadata by its key.
+ *
+ * - `concept`: a live concept; not NULL.
+ * - `key`: e.g. `"macula.trigger"` or `"modelspec.title"`; not NULL.
+ * - `out_value`: receives the value; not NULL. The text belongs to the concept.
+ *
+ * Errors: `NOT_FOUND` if there is no such key. Any thread.
+ */
+macula_status macula_concept_get_metadata(const struct macula_concept *concept,
+                                          const char *key,
+                                          const char **out_value);
+
+/**
+ * The weights of either concept. The result carries the first one's metadata, with a method that names the operation.
+ *
+ * - `first`: a live concept; not NULL.
+ * - `second`: a live concept of the same base model; not NULL.
+ * - `out_concept`: receives the result; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `WRONG_BASE` with both fingerprints. Any thread.
+ */
+macula_status macula_concept_union(const struct macula_concept *first,
+                                   const struct macula_concept *second,
+                                   struct macula_concept **out_concept);
+
+/**
+ * The weights of both concepts. Otherwise as `macula_concept_union`.
+ *
+ * - `first`: a live concept; not NULL.
+ * - `second`: a live concept of the same base model; not NULL.
+ * - `out_concept`: receives the result; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `WRONG_BASE` with both fingerprints. Any thread.
+ */
+macula_status macula_concept_intersection(const struct macula_concept *first,
+                                          const struct macula_concept *second,
+                                          struct macula_concept **out_concept);
+
+/**
+ * The weights of the first concept that are not the second's. Otherwise as `macula_concept_union`.
+ *
+ * - `first`: a live concept; not NULL.
+ * - `second`: a live concept of the same base model; not NULL.
+ * - `out_concept`: receives the result; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `WRONG_BASE` with both fingerprints. Any thread.
+ */
+macula_status macula_concept_difference(const struct macula_concept *first,
+                                        const struct macula_concept *second,
+                                        struct macula_concept **out_concept);
+
+/**
+ * How far two concepts overlap, in all and in each projection. Nothing is built, so it is fast at any size.
+ *
+ * - `first`: a live concept; not NULL.
+ * - `second`: a live concept of the same base model; not NULL.
+ * - `out_total`: receives the overlap of the whole sets; not NULL.
+ * - `out_layers`: receives the overlap of each projection, in the order of the paths' bytes; may be NULL.
+ * - `layer_count`: room of `out_layers`; if that is not NULL, it must be the number of projections that either lists,
+ *   which is `layer_count` of `macula_concept_info` for two concepts that list the same ones.
+ *
+ * Errors: `WRONG_BASE` with both fingerprints. Any thread.
+ */
+macula_status macula_concept_overlap(const struct macula_concept *first,
+                                     const struct macula_concept *second,
+                                     struct macula_overlap *out_total,
+                                     struct macula_overlap *out_layers,
+                                     size_t layer_count);
 
 
 #ifdef __cplusplus

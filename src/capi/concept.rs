@@ -268,8 +268,7 @@ pub unsafe extern "C" fn macula_concept_load_bytes(
         // SAFETY: valid as the header asks.
         unsafe {
             reference(data.cast::<u8>(), "data")?;
-            let (data, out_concept) =
-                (slice(data.cast::<u8>(), byte_len, "data")?, out(out_concept, "out_concept")?);
+            let (data, out_concept) = (slice(data.cast::<u8>(), byte_len, "data")?, out(out_concept, "out_concept")?);
             out_concept.set(macula_concept::table().insert(macula_concept::new(Concept::from_bytes(data)?)));
         }
         Ok(())
@@ -339,10 +338,14 @@ impl macula_layer {
     /// Pointers are valid for what the fields' texts say.
     unsafe fn read(&self) -> Result<Layer> {
         // SAFETY: as promised by the caller.
-        let (path, given) = unsafe { (text(self.path, "layers.path")?, slice(self.indices, self.count, "layers.indices")?) };
+        let (path, given) =
+            unsafe { (text(self.path, "layers.path")?, slice(self.indices, self.count, "layers.indices")?) };
         let weights = self.out_features.checked_mul(self.in_features).and_then(|count| u32::try_from(count).ok());
         let weights = weights.ok_or_else(|| {
-            Error::invalid_argument(format!("{path}: {} x {} weights are too many", self.out_features, self.in_features))
+            Error::invalid_argument(format!(
+                "{path}: {} x {} weights are too many",
+                self.out_features, self.in_features
+            ))
         })?;
         let mut indices = Vec::new();
         indices.try_reserve_exact(given.len())?;

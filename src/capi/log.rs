@@ -42,12 +42,7 @@ pub const MACULA_LOG_DEBUG: macula_log_level = 4;
 /// Called on any thread, also on several at once, and also on threads of ONNX Runtime. It may call any function of this
 /// header; freeing the runtime handle that it belongs to is `BUSY` from inside it.
 pub type macula_log_fn = Option<
-    unsafe extern "C" fn(
-        userdata: *mut c_void,
-        level: macula_log_level,
-        target: *const c_char,
-        message: *const c_char,
-    ),
+    unsafe extern "C" fn(userdata: *mut c_void, level: macula_log_level, target: *const c_char, message: *const c_char),
 >;
 
 /// One live callback; calls hold `gate` for reading, and ending it waits for them.
@@ -125,8 +120,7 @@ impl Log for Dispatcher {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let sinks: Vec<Arc<Sink>> =
-            SINKS.read().iter().filter(|sink| record.level() <= sink.level).cloned().collect();
+        let sinks: Vec<Arc<Sink>> = SINKS.read().iter().filter(|sink| record.level() <= sink.level).cloned().collect();
         if sinks.is_empty() {
             return;
         }

@@ -44,8 +44,23 @@ fn describe(status: i32) -> (&'static std::ffi::CStr, &'static std::ffi::CStr) {
     use macula_status::*;
     // The list is complete: the `match` on the enum below refuses to compile when a status is missing here.
     let known = [
-        Ok, InvalidArgument, NotFound, Io, InvalidFile, Unsupported, LimitExceeded, WrongBase, RuntimeUnavailable,
-        ProviderUnavailable, RuntimeFailed, Cancelled, OutOfMemory, NotFinite, Busy, Forked, Panic,
+        Ok,
+        InvalidArgument,
+        NotFound,
+        Io,
+        InvalidFile,
+        Unsupported,
+        LimitExceeded,
+        WrongBase,
+        RuntimeUnavailable,
+        ProviderUnavailable,
+        RuntimeFailed,
+        Cancelled,
+        OutOfMemory,
+        NotFinite,
+        Busy,
+        Forked,
+        Panic,
     ];
     let Some(known) = known.into_iter().find(|&known| known as i32 == status) else {
         return (c"MACULA_STATUS_UNKNOWN", c"This version of the library does not know this status.");
@@ -59,20 +74,15 @@ fn describe(status: i32) -> (&'static std::ffi::CStr, &'static std::ffi::CStr) {
         NotFound => (c"MACULA_STATUS_NOT_FOUND", c"A file, folder, tensor, token or name does not exist."),
         Io => (c"MACULA_STATUS_IO", c"The operating system refused to read or write."),
         InvalidFile => (c"MACULA_STATUS_INVALID_FILE", c"A model or concept file is damaged or contradicts itself."),
-        Unsupported => (
-            c"MACULA_STATUS_UNSUPPORTED",
-            c"The request or model is well-formed, but this library does not handle it.",
-        ),
+        Unsupported => {
+            (c"MACULA_STATUS_UNSUPPORTED", c"The request or model is well-formed, but this library does not handle it.")
+        }
         LimitExceeded => (c"MACULA_STATUS_LIMIT_EXCEEDED", c"A size, depth or count is above the documented limit."),
         WrongBase => (c"MACULA_STATUS_WRONG_BASE", c"The concept was found on another base model."),
-        RuntimeUnavailable => (
-            c"MACULA_STATUS_RUNTIME_UNAVAILABLE",
-            c"ONNX Runtime could not be found, is not one, or is too old.",
-        ),
-        ProviderUnavailable => (
-            c"MACULA_STATUS_PROVIDER_UNAVAILABLE",
-            c"A provider was asked for and cannot run.",
-        ),
+        RuntimeUnavailable => {
+            (c"MACULA_STATUS_RUNTIME_UNAVAILABLE", c"ONNX Runtime could not be found, is not one, or is too old.")
+        }
+        ProviderUnavailable => (c"MACULA_STATUS_PROVIDER_UNAVAILABLE", c"A provider was asked for and cannot run."),
         RuntimeFailed => (c"MACULA_STATUS_RUNTIME_FAILED", c"ONNX Runtime failed to build or run a session."),
         Cancelled => (c"MACULA_STATUS_CANCELLED", c"The job was cancelled by the host."),
         OutOfMemory => (c"MACULA_STATUS_OUT_OF_MEMORY", c"Memory could not be had."),

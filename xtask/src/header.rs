@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 /// The sections in the order of the header: a type is declared above its first use.
-const SECTIONS: &[&str] = &["version", "status", "tensor", "cancel"];
+const SECTIONS: &[&str] = &["version", "status", "tensor", "cancel", "log", "runtime", "session", "concept"];
 
 /// The text of `include/macula.h`.
 pub fn generate(root: &Path) -> Result<String> {
@@ -44,6 +44,10 @@ fn section(root: &Path, name: &str, config: &cbindgen::Config, header: &mut Stri
     let source = std::fs::read_to_string(&path)?;
     let mut builder = cbindgen::Builder::new().with_src(&path);
     let mut config = config.clone();
+    // Types that only another section's functions use are wanted too.
+    let types = source.lines().filter_map(|line| line.strip_prefix("pub struct ").or(line.strip_prefix("pub type ")));
+    let names = types.map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default());
+    config.export.include = names.map(str::to_owned).collect();
     if name == "status" {
         // The one type that C shares with every room.
         builder = builder.with_src(root.join("src/error.rs"));
@@ -57,7 +61,8 @@ fn section(root: &Path, name: &str, config: &cbindgen::Config, header: &mut Stri
         .replace("#ifdef __cplusplus\n}  // extern \"C\"\n#endif  // __cplusplus\n", "");
     ensure!(!text.contains("extern \"C\""), "cbindgen writes `extern \"C\"` in another way than expected");
 
-    let words = source.lines().map_while(|line| line.strip_prefix("//!")).map(|line| line.strip_prefix(' ').unwrap_or(line));
+    let words =
+        source.lines().map_while(|line| line.strip_prefix("//!")).map(|line| line.strip_prefix(' ').unwrap_or(line));
     let words: Vec<&str> = words.collect();
     let (title, rest) = words.split_first().context("the file has no opening paragraph")?;
     let bar = "=".repeat(110);
@@ -82,7 +87,9 @@ fn with_initialisers(text: &str) -> Result<String> {
     let mut lines = text.lines();
     while let Some(line) = lines.next() {
         writeln!(out, "{line}")?;
-        let Some(name) = line.strip_prefix("typedef struct ").and_then(|rest| rest.strip_suffix(" {")) else { continue };
+        let Some(name) = line.strip_prefix("typedef struct ").and_then(|rest| rest.strip_suffix(" {")) else {
+            continue;
+        };
         let mut members = Vec::new();
         let mut documentation = String::new();
         for line in lines.by_ref() {
@@ -118,7 +125,10 @@ fn initialiser(name: &str, members: &[(String, String)]) -> Result<String> {
     }
     let purpose = if receives { "An empty struct to be filled in" } else { "The defaults" };
     let name_in_capitals = name.to_uppercase();
-    Ok(format!("\n/**\n * {purpose}: `{name} x = {name_in_capitals}_INIT;`\n */\n#define {name_in_capitals}_INIT {{ {} }}\n", values.join(", ")))
+    Ok(format!(
+        "\n/**\n * {purpose}: `{name} x = {name_in_capitals}_INIT;`\n */\n#define {name_in_capitals}_INIT {{ {} }}\n",
+        values.join(", ")
+    ))
 }
 
 #[cfg(test)]
