@@ -15,24 +15,24 @@
  *     int main(void) {
  *       macula_runtime *runtime = NULL;
  *       macula_pipeline *pipeline = NULL;
- *       macula_concept *concept = NULL;
+ *       macula_concept *teddy = NULL;
  *       macula_images *images = NULL;
  *       macula_draw_options options = MACULA_DRAW_OPTIONS_INIT;
  *       options.prompt = "a photo of a <s1> teddy bear on a beach";
  *       options.seed = 7;
  *       macula_status status = macula_runtime_create(NULL, &runtime);
  *       if (!status) status = macula_pipeline_open(runtime, "models/toy", NULL, &pipeline);
- *       if (!status) status = macula_concept_load("teddy.safetensors", &concept);
+ *       if (!status) status = macula_concept_load("teddy.safetensors", &teddy);
  *       if (!status) {
  *         macula_term term = MACULA_TERM_INIT;
- *         term.concept = concept;
+ *         term.subject = teddy;
  *         status = macula_compose(pipeline, &term, 1);
  *       }
  *       if (!status) status = macula_pipeline_draw(pipeline, &options, &images);
  *       if (!status) status = macula_images_write_png(images, 0, "teddy.png");
  *       if (status) fprintf(stderr, "%s\n", macula_last_error());
  *       macula_images_free(images);
- *       macula_concept_free(concept);
+ *       macula_concept_free(teddy);
  *       macula_pipeline_free(pipeline);
  *       macula_runtime_free(runtime);
  *       return status;
@@ -275,7 +275,7 @@ typedef int32_t macula_device;
  * `byte_len` says again what `dtype` and `shape` say: a call is refused with `INVALID_ARGUMENT` unless it equals
  * element size times the product of the dimensions. So a forgotten dimension cannot become a wild read.
  */
-typedef struct macula_tensor {
+typedef struct {
   /**
    * First element; not NULL unless a dimension is 0. Read only where the function says that it reads.
    */
@@ -353,7 +353,7 @@ typedef struct macula_cancel_token macula_cancel_token;
  *
  * Errors: `INVALID_ARGUMENT`. Any thread.
  */
-macula_status macula_cancel_token_create(struct macula_cancel_token **out_token);
+macula_status macula_cancel_token_create(macula_cancel_token **out_token);
 
 /**
  * Stops every job that runs with the token, and each that starts with it later, until `macula_cancel_token_reset`.
@@ -363,7 +363,7 @@ macula_status macula_cancel_token_create(struct macula_cancel_token **out_token)
  *
  * Errors: `INVALID_ARGUMENT`. Any thread, also from inside a callback; not from a signal handler.
  */
-macula_status macula_cancel_token_cancel(struct macula_cancel_token *token);
+macula_status macula_cancel_token_cancel(macula_cancel_token *token);
 
 /**
  * Makes a cancelled token usable for another job.
@@ -372,7 +372,7 @@ macula_status macula_cancel_token_cancel(struct macula_cancel_token *token);
  *
  * Errors: `INVALID_ARGUMENT`. Any thread.
  */
-macula_status macula_cancel_token_reset(struct macula_cancel_token *token);
+macula_status macula_cancel_token_reset(macula_cancel_token *token);
 
 /**
  * Whether the token is cancelled.
@@ -382,8 +382,7 @@ macula_status macula_cancel_token_reset(struct macula_cancel_token *token);
  *
  * Errors: `INVALID_ARGUMENT`. Any thread.
  */
-macula_status macula_cancel_token_is_cancelled(const struct macula_cancel_token *token,
-                                               int32_t *out_cancelled);
+macula_status macula_cancel_token_is_cancelled(const macula_cancel_token *token, int32_t *out_cancelled);
 
 /**
  * Frees a token. Jobs that still run with it go on, and can no longer be stopped by it.
@@ -392,7 +391,7 @@ macula_status macula_cancel_token_is_cancelled(const struct macula_cancel_token 
  *
  * Errors: `INVALID_ARGUMENT` for a handle that is not live. Any thread.
  */
-macula_status macula_cancel_token_free(struct macula_cancel_token *token);
+macula_status macula_cancel_token_free(macula_cancel_token *token);
 
 
 /* ==============================================================================================================
@@ -465,7 +464,7 @@ typedef struct macula_runtime macula_runtime;
 /**
  * Where ONNX Runtime comes from and who hears the log.
  */
-typedef struct macula_runtime_options {
+typedef struct {
   /**
    * `sizeof` this struct.
    */
@@ -505,7 +504,7 @@ typedef struct macula_runtime_options {
 /**
  * What was loaded. The texts belong to the runtime handle.
  */
-typedef struct macula_runtime_info {
+typedef struct {
   /**
    * `sizeof` this struct.
    */
@@ -545,8 +544,8 @@ typedef struct macula_runtime_info {
  * Errors: `RUNTIME_UNAVAILABLE`, within a second, with what was tried, found and needed; also when another library is
  * asked for than the one that the process already uses. `UNSUPPORTED`. Any thread.
  */
-macula_status macula_runtime_create(const struct macula_runtime_options *options,
-                                    struct macula_runtime **out_runtime);
+macula_status macula_runtime_create(const macula_runtime_options *options,
+                                    macula_runtime **out_runtime);
 
 /**
  * What was loaded.
@@ -556,8 +555,7 @@ macula_status macula_runtime_create(const struct macula_runtime_options *options
  *
  * Any thread; never waits.
  */
-macula_status macula_runtime_get_info(const struct macula_runtime *runtime,
-                                      struct macula_runtime_info *out_info);
+macula_status macula_runtime_get_info(const macula_runtime *runtime, macula_runtime_info *out_info);
 
 /**
  * Frees a runtime handle and ends its log callback; waits for one that is running on another thread. Pipelines that
@@ -567,7 +565,7 @@ macula_status macula_runtime_get_info(const struct macula_runtime *runtime,
  *
  * Errors: `BUSY` from inside a log callback. Any thread.
  */
-macula_status macula_runtime_free(struct macula_runtime *runtime);
+macula_status macula_runtime_free(macula_runtime *runtime);
 
 
 /* ==============================================================================================================
@@ -595,7 +593,7 @@ typedef int32_t macula_optimization;
 /**
  * The sizes of one model input that TensorRT builds engines for.
  */
-typedef struct macula_shape_profile {
+typedef struct {
   /**
    * Name of the input, e.g. `"sample"`; not NULL.
    */
@@ -625,7 +623,7 @@ typedef struct macula_shape_profile {
 /**
  * How models are run.
  */
-typedef struct macula_session_options {
+typedef struct {
   /**
    * `sizeof` this struct.
    */
@@ -651,7 +649,7 @@ typedef struct macula_session_options {
   /**
    * TensorRT: shapes to build for, `profile_count` of them. NULL if there are none. Default: `NULL`.
    */
-  const struct macula_shape_profile *profiles;
+  const macula_shape_profile *profiles;
   /**
    * Number of `profiles`. Default: `0`.
    */
@@ -815,7 +813,7 @@ typedef struct macula_concept macula_concept;
 /**
  * One projection for `macula_concept_create`.
  */
-typedef struct macula_layer {
+typedef struct {
   /**
    * Diffusers module path; not NULL, not empty, each only once.
    */
@@ -851,7 +849,7 @@ typedef int32_t macula_scope;
 /**
  * Where a new concept comes from.
  */
-typedef struct macula_concept_options {
+typedef struct {
   /**
    * `sizeof` this struct.
    */
@@ -899,7 +897,7 @@ typedef struct macula_concept_options {
 /**
  * What a concept is. The texts belong to the concept handle.
  */
-typedef struct macula_concept_info {
+typedef struct {
   /**
    * `sizeof` this struct.
    */
@@ -970,7 +968,7 @@ typedef struct macula_concept_info {
 /**
  * One projection of a concept. The text belongs to the concept handle.
  */
-typedef struct macula_layer_info {
+typedef struct {
   /**
    * `sizeof` this struct.
    */
@@ -1001,7 +999,7 @@ typedef struct macula_layer_info {
 /**
  * What two concepts have in common.
  */
-typedef struct macula_overlap {
+typedef struct {
   /**
    * Weights of both.
    */
@@ -1053,7 +1051,7 @@ typedef struct macula_overlap {
  * `LIMIT_EXCEEDED` above 1 GiB. Any thread.
  */
 macula_status macula_concept_load(const char *file,
-                                  struct macula_concept **out_concept);
+                                  macula_concept **out_concept);
 
 /**
  * Reads the content of a concept file from memory. The memory is not kept.
@@ -1064,9 +1062,7 @@ macula_status macula_concept_load(const char *file,
  *
  * Errors: as `macula_concept_load`. Any thread.
  */
-macula_status macula_concept_load_bytes(const void *data,
-                                        size_t byte_len,
-                                        struct macula_concept **out_concept);
+macula_status macula_concept_load_bytes(const void *data, size_t byte_len, macula_concept **out_concept);
 
 /**
  * Makes a concept from lists of weights.
@@ -1078,67 +1074,66 @@ macula_status macula_concept_load_bytes(const void *data,
  *
  * Errors: `INVALID_ARGUMENT` for indices that are not ascending or out of range, with the projection's path. Any thread.
  */
-macula_status macula_concept_create(const struct macula_layer *layers,
+macula_status macula_concept_create(const macula_layer *layers,
                                     size_t layer_count,
-                                    const struct macula_concept_options *options,
-                                    struct macula_concept **out_concept);
+                                    const macula_concept_options *options,
+                                    macula_concept **out_concept);
 
 /**
  * Writes a concept file: to a temporary file beside it, then renamed, so that no reader sees half a file and a failure
  * leaves what was there.
  *
- * - `concept`: a live concept; not NULL.
+ * - `subject`: a live concept; not NULL.
  * - `file`: path; not NULL. Name it `*.safetensors`.
  *
  * Errors: `NOT_FOUND` if the folder is missing, `IO`. Any thread.
  */
-macula_status macula_concept_save(const struct macula_concept *concept,
+macula_status macula_concept_save(const macula_concept *subject,
                                   const char *file);
 
 /**
  * Frees a concept. Compositions that use it keep what they need.
  *
- * - `concept`: a live concept; may be NULL, then nothing happens.
+ * - `subject`: a live concept; may be NULL, then nothing happens.
  *
  * Any thread.
  */
-macula_status macula_concept_free(struct macula_concept *concept);
+macula_status macula_concept_free(macula_concept *subject);
 
 /**
  * What a concept is.
  *
- * - `concept`: a live concept; not NULL.
+ * - `subject`: a live concept; not NULL.
  * - `out_info`: an initialised struct (`MACULA_CONCEPT_INFO_INIT`) to be filled in; not NULL.
  *
  * Any thread.
  */
-macula_status macula_concept_get_info(const struct macula_concept *concept,
-                                      struct macula_concept_info *out_info);
+macula_status macula_concept_get_info(const macula_concept *subject, macula_concept_info *out_info);
 
 /**
  * One projection of a concept, in the order of the paths' bytes.
  *
- * - `concept`: a live concept; not NULL.
+ * - `subject`: a live concept; not NULL.
  * - `layer`: below `layer_count` of `macula_concept_info`.
  * - `out_info`: an initialised struct (`MACULA_LAYER_INFO_INIT`) to be filled in; not NULL.
  *
  * Any thread.
  */
-macula_status macula_concept_get_layer(const struct macula_concept *concept,
+macula_status macula_concept_get_layer(const macula_concept *subject,
                                        size_t layer,
-                                       struct macula_layer_info *out_info);
+                                       macula_layer_info *out_info);
 
 /**
  * Copies the indices of one projection's neurons, ascending.
  *
- * - `concept`: a live concept; not NULL.
+ * - `subject`: a live concept; not NULL.
  * - `layer`: below `layer_count` of `macula_concept_info`.
  * - `out_indices`: room for `count` numbers; not NULL.
  * - `count`: must be `neurons` of `macula_layer_info`.
  *
  * Any thread.
  */
-macula_status macula_concept_get_indices(const struct macula_concept *concept,
+macula_status macula_concept_get_indices(const macula_concept *subject,
                                          size_t layer,
                                          uint32_t *out_indices,
                                          size_t count);
@@ -1146,14 +1141,14 @@ macula_status macula_concept_get_indices(const struct macula_concept *concept,
 /**
  * One entry of a concept's metadata, as it stands in the file, in the order of the keys' bytes.
  *
- * - `concept`: a live concept; not NULL.
+ * - `subject`: a live concept; not NULL.
  * - `entry`: below `entry_count` of `macula_concept_info`.
  * - `out_key`: receives the key, e.g. `"modelspec.title"`; not NULL. The text belongs to the concept.
  * - `out_value`: receives the value; not NULL. The text belongs to the concept.
  *
  * Any thread.
  */
-macula_status macula_concept_get_entry(const struct macula_concept *concept,
+macula_status macula_concept_get_entry(const macula_concept *subject,
                                        size_t entry,
                                        const char **out_key,
                                        const char **out_value);
@@ -1161,13 +1156,13 @@ macula_status macula_concept_get_entry(const struct macula_concept *concept,
 /**
  * One value of a concept's metadata by its key.
  *
- * - `concept`: a live concept; not NULL.
+ * - `subject`: a live concept; not NULL.
  * - `key`: e.g. `"macula.trigger"` or `"modelspec.title"`; not NULL.
  * - `out_value`: receives the value; not NULL. The text belongs to the concept.
  *
  * Errors: `NOT_FOUND` if there is no such key. Any thread.
  */
-macula_status macula_concept_get_metadata(const struct macula_concept *concept,
+macula_status macula_concept_get_metadata(const macula_concept *subject,
                                           const char *key,
                                           const char **out_value);
 
@@ -1180,9 +1175,9 @@ macula_status macula_concept_get_metadata(const struct macula_concept *concept,
  *
  * Errors: `WRONG_BASE` with both fingerprints. Any thread.
  */
-macula_status macula_concept_union(const struct macula_concept *first,
-                                   const struct macula_concept *second,
-                                   struct macula_concept **out_concept);
+macula_status macula_concept_union(const macula_concept *first,
+                                   const macula_concept *second,
+                                   macula_concept **out_concept);
 
 /**
  * The weights of both concepts. Otherwise as `macula_concept_union`.
@@ -1193,9 +1188,9 @@ macula_status macula_concept_union(const struct macula_concept *first,
  *
  * Errors: `WRONG_BASE` with both fingerprints. Any thread.
  */
-macula_status macula_concept_intersection(const struct macula_concept *first,
-                                          const struct macula_concept *second,
-                                          struct macula_concept **out_concept);
+macula_status macula_concept_intersection(const macula_concept *first,
+                                          const macula_concept *second,
+                                          macula_concept **out_concept);
 
 /**
  * The weights of the first concept that are not the second's. Otherwise as `macula_concept_union`.
@@ -1206,9 +1201,9 @@ macula_status macula_concept_intersection(const struct macula_concept *first,
  *
  * Errors: `WRONG_BASE` with both fingerprints. Any thread.
  */
-macula_status macula_concept_difference(const struct macula_concept *first,
-                                        const struct macula_concept *second,
-                                        struct macula_concept **out_concept);
+macula_status macula_concept_difference(const macula_concept *first,
+                                        const macula_concept *second,
+                                        macula_concept **out_concept);
 
 /**
  * How far two concepts overlap, in all and in each projection. Nothing is built, so it is fast at any size.
@@ -1222,10 +1217,10 @@ macula_status macula_concept_difference(const struct macula_concept *first,
  *
  * Errors: `WRONG_BASE` with both fingerprints. Any thread.
  */
-macula_status macula_concept_overlap(const struct macula_concept *first,
-                                     const struct macula_concept *second,
-                                     struct macula_overlap *out_total,
-                                     struct macula_overlap *out_layers,
+macula_status macula_concept_overlap(const macula_concept *first,
+                                     const macula_concept *second,
+                                     macula_overlap *out_total,
+                                     macula_overlap *out_layers,
                                      size_t layer_count);
 
 

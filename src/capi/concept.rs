@@ -368,14 +368,14 @@ pub(super) fn scope(value: macula_scope, field: &str) -> Result<Option<Scope>> {
 /// Writes a concept file: to a temporary file beside it, then renamed, so that no reader sees half a file and a failure
 /// leaves what was there.
 ///
-/// - `concept`: a live concept; not NULL.
+/// - `subject`: a live concept; not NULL.
 /// - `file`: path; not NULL. Name it `*.safetensors`.
 ///
 /// Errors: `NOT_FOUND` if the folder is missing, `IO`. Any thread.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn macula_concept_save(concept: *const macula_concept, file: *const c_char) -> macula_status {
+pub unsafe extern "C" fn macula_concept_save(subject: *const macula_concept, file: *const c_char) -> macula_status {
     guard("macula_concept_save", |call| {
-        let concept = call.object(concept, "concept")?;
+        let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         concept.concept.save(unsafe { path(file, "file") }?)
     })
@@ -383,27 +383,27 @@ pub unsafe extern "C" fn macula_concept_save(concept: *const macula_concept, fil
 
 /// Frees a concept. Compositions that use it keep what they need.
 ///
-/// - `concept`: a live concept; may be NULL, then nothing happens.
+/// - `subject`: a live concept; may be NULL, then nothing happens.
 ///
 /// Any thread.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn macula_concept_free(concept: *mut macula_concept) -> macula_status {
-    guard_free("macula_concept_free", concept)
+pub unsafe extern "C" fn macula_concept_free(subject: *mut macula_concept) -> macula_status {
+    guard_free("macula_concept_free", subject)
 }
 
 /// What a concept is.
 ///
-/// - `concept`: a live concept; not NULL.
+/// - `subject`: a live concept; not NULL.
 /// - `out_info`: an initialised struct (`MACULA_CONCEPT_INFO_INIT`) to be filled in; not NULL.
 ///
 /// Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_get_info(
-    concept: *const macula_concept,
+    subject: *const macula_concept,
     out_info: *mut macula_concept_info,
 ) -> macula_status {
     guard("macula_concept_get_info", |call| {
-        let concept = call.object(concept, "concept")?;
+        let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let info = unsafe { argument::out_info(out_info, "out_info") }?;
         let (metadata, neurons) = (&concept.concept.metadata, &concept.concept.neurons);
@@ -436,19 +436,19 @@ pub unsafe extern "C" fn macula_concept_get_info(
 
 /// One projection of a concept, in the order of the paths' bytes.
 ///
-/// - `concept`: a live concept; not NULL.
+/// - `subject`: a live concept; not NULL.
 /// - `layer`: below `layer_count` of `macula_concept_info`.
 /// - `out_info`: an initialised struct (`MACULA_LAYER_INFO_INIT`) to be filled in; not NULL.
 ///
 /// Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_get_layer(
-    concept: *const macula_concept,
+    subject: *const macula_concept,
     layer: usize,
     out_info: *mut macula_layer_info,
 ) -> macula_status {
     guard("macula_concept_get_layer", |call| {
-        let concept = call.object(concept, "concept")?;
+        let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let info = unsafe { argument::out_info(out_info, "out_info") }?;
         let (path, layer) = concept.layer(layer)?;
@@ -465,7 +465,7 @@ pub unsafe extern "C" fn macula_concept_get_layer(
 
 /// Copies the indices of one projection's neurons, ascending.
 ///
-/// - `concept`: a live concept; not NULL.
+/// - `subject`: a live concept; not NULL.
 /// - `layer`: below `layer_count` of `macula_concept_info`.
 /// - `out_indices`: room for `count` numbers; not NULL.
 /// - `count`: must be `neurons` of `macula_layer_info`.
@@ -473,13 +473,13 @@ pub unsafe extern "C" fn macula_concept_get_layer(
 /// Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_get_indices(
-    concept: *const macula_concept,
+    subject: *const macula_concept,
     layer: usize,
     out_indices: *mut u32,
     count: usize,
 ) -> macula_status {
     guard("macula_concept_get_indices", |call| {
-        let concept = call.object(concept, "concept")?;
+        let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         unsafe { out(out_indices, "out_indices") }?;
         let (path, layer) = concept.layer(layer)?;
@@ -504,7 +504,7 @@ pub unsafe extern "C" fn macula_concept_get_indices(
 
 /// One entry of a concept's metadata, as it stands in the file, in the order of the keys' bytes.
 ///
-/// - `concept`: a live concept; not NULL.
+/// - `subject`: a live concept; not NULL.
 /// - `entry`: below `entry_count` of `macula_concept_info`.
 /// - `out_key`: receives the key, e.g. `"modelspec.title"`; not NULL. The text belongs to the concept.
 /// - `out_value`: receives the value; not NULL. The text belongs to the concept.
@@ -512,13 +512,13 @@ pub unsafe extern "C" fn macula_concept_get_indices(
 /// Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_get_entry(
-    concept: *const macula_concept,
+    subject: *const macula_concept,
     entry: usize,
     out_key: *mut *const c_char,
     out_value: *mut *const c_char,
 ) -> macula_status {
     guard("macula_concept_get_entry", |call| {
-        let concept = call.object(concept, "concept")?;
+        let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let (out_key, out_value) = unsafe { (out(out_key, "out_key")?, out(out_value, "out_value")?) };
         let (key, value) = concept.entries.get(entry).ok_or_else(|| {
@@ -532,19 +532,19 @@ pub unsafe extern "C" fn macula_concept_get_entry(
 
 /// One value of a concept's metadata by its key.
 ///
-/// - `concept`: a live concept; not NULL.
+/// - `subject`: a live concept; not NULL.
 /// - `key`: e.g. `"macula.trigger"` or `"modelspec.title"`; not NULL.
 /// - `out_value`: receives the value; not NULL. The text belongs to the concept.
 ///
 /// Errors: `NOT_FOUND` if there is no such key. Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_get_metadata(
-    concept: *const macula_concept,
+    subject: *const macula_concept,
     key: *const c_char,
     out_value: *mut *const c_char,
 ) -> macula_status {
     guard("macula_concept_get_metadata", |call| {
-        let concept = call.object(concept, "concept")?;
+        let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let (key, out_value) = unsafe { (text(key, "key")?, out(out_value, "out_value")?) };
         let (_, value) = concept

@@ -19,8 +19,14 @@ mod handle;
 mod inject;
 
 pub mod cancel;
+pub mod composition;
 pub mod concept;
+pub mod denoise;
+pub mod draw;
+pub mod image;
 pub mod log;
+pub mod memory;
+pub mod pipeline;
 pub mod runtime;
 pub mod session;
 pub mod status;

@@ -69,6 +69,11 @@ pub(super) fn dimensions(shape: &[i64; MACULA_MAX_RANK], rank: u32, name: &str) 
 }
 
 impl macula_tensor {
+    /// No tensor.
+    pub(super) fn none() -> Self {
+        Self { data: std::ptr::null_mut(), byte_len: 0, ..Self::view::<u8>(&[], &[], 0) }
+    }
+
     /// A view of host memory that belongs to somebody else.
     pub(super) fn view<T>(data: &[T], shape: &[usize], dtype: macula_dtype) -> Self {
         let mut dimensions = [0; MACULA_MAX_RANK];

@@ -10,7 +10,22 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 
 /// The sections in the order of the header: a type is declared above its first use.
-const SECTIONS: &[&str] = &["version", "status", "tensor", "cancel", "log", "runtime", "session", "concept"];
+const SECTIONS: &[&str] = &[
+    "version",
+    "status",
+    "tensor",
+    "image",
+    "cancel",
+    "log",
+    "runtime",
+    "session",
+    "concept",
+    "pipeline",
+    "composition",
+    "draw",
+    "denoise",
+    "memory",
+];
 
 /// The text of `include/macula.h`.
 pub fn generate(root: &Path) -> Result<String> {
@@ -81,21 +96,30 @@ fn comment(text: &str) -> String {
     format!("/*\n{body} */\n")
 }
 
-/// Adds the `_INIT` macro after each struct that begins with `struct_size`.
+/// Comes before a member's default in its comment.
+const DEFAULT: &str = "Default: `";
+
+/// Adds the `_INIT` macro after each struct that begins with `struct_size` or has defaults.
 fn with_initialisers(text: &str) -> Result<String> {
     let mut out = String::new();
     let mut lines = text.lines();
     while let Some(line) = lines.next() {
         writeln!(out, "{line}")?;
-        let Some(name) = line.strip_prefix("typedef struct ").and_then(|rest| rest.strip_suffix(" {")) else {
+        if line != "typedef struct {" {
             continue;
-        };
+        }
         let mut members = Vec::new();
         let mut documentation = String::new();
         for line in lines.by_ref() {
             writeln!(out, "{line}")?;
             let code = line.trim();
-            if code.starts_with('}') {
+            if let Some(name) = code.strip_prefix("} ").and_then(|rest| rest.strip_suffix(';')) {
+                if members
+                    .first()
+                    .is_some_and(|(first, words)| first == "size_t struct_size" || words.contains(DEFAULT))
+                {
+                    out.push_str(&initialiser(name, &members)?);
+                }
                 break;
             } else if code.starts_with("/*") || code.starts_with('*') {
                 documentation.push_str(code);
@@ -104,20 +128,19 @@ fn with_initialisers(text: &str) -> Result<String> {
                 members.push((code.trim_end_matches(';').to_owned(), std::mem::take(&mut documentation)));
             }
         }
-        if members.first().is_some_and(|(declaration, _)| declaration == "size_t struct_size") {
-            out.push_str(&initialiser(name, &members[1..])?);
-        }
     }
     Ok(out)
 }
 
 fn initialiser(name: &str, members: &[(String, String)]) -> Result<String> {
-    let mut values = vec![format!("sizeof({name})")];
+    let mut values = Vec::new();
     let receives = name.ends_with("_info");
     for (declaration, documentation) in members {
-        let value = documentation.split("Default: `").nth(1).and_then(|rest| rest.split('`').next());
+        let value = documentation.split(DEFAULT).nth(1).and_then(|rest| rest.split('`').next());
         values.push(match value {
+            _ if declaration == "size_t struct_size" => format!("sizeof({name})"),
             Some(value) => value.to_owned(),
+            None if receives && declaration.starts_with("macula_tensor ") => "{ 0, 0, { 0 }, 0, 0, 0, 0 }".to_owned(),
             None if receives && declaration.contains('[') => "{ 0 }".to_owned(),
             None if receives => "0".to_owned(),
             None => bail!("`{declaration}` of {name} does not say \"Default: `...`\""),

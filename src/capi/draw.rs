@@ -1,0 +1,356 @@
+//! Drawing
+//!
+//! From a prompt to pictures, in one call that reports each step and can be stopped at any of them. The result depends
+//! on the options and the composition alone: not on the number of threads, the machine's load or earlier draws.
+
+use std::ffi::{c_char, c_void};
+use std::ops::ControlFlow;
+
+use super::argument::{self, Versioned, optional_text, out, reference, text};
+use super::cancel::macula_cancel_token;
+use super::guard::guard;
+use super::handle::{Object, object};
+use super::image::{macula_image, macula_images};
+use super::pipeline::macula_pipeline;
+use super::status::macula_status;
+use super::tensor::{MACULA_DTYPE_F32, macula_tensor};
+use crate::diffusion::guidance::{Guidance, StepReport};
+use crate::diffusion::pipeline::{DrawOptions, Images, Start};
+use crate::diffusion::schedule::Sampler;
+use crate::error::{Error, Result};
+use crate::progress::{CancelToken, Job};
+
+/// How noise is taken away: one of `MACULA_SAMPLER_*`.
+pub type macula_sampler = i32;
+
+/// The one of the model's `scheduler/`.
+pub const MACULA_SAMPLER_DEFAULT: macula_sampler = 0;
+
+/// DDPM (arXiv 2006.11239).
+pub const MACULA_SAMPLER_DDPM: macula_sampler = 1;
+
+/// DDIM (arXiv 2010.02502); `eta` adds noise.
+pub const MACULA_SAMPLER_DDIM: macula_sampler = 2;
+
+/// Euler (arXiv 2206.00364).
+pub const MACULA_SAMPLER_EULER: macula_sampler = 3;
+
+/// Euler with noise added at each step.
+pub const MACULA_SAMPLER_EULER_ANCESTRAL: macula_sampler = 4;
+
+/// DPM-Solver++ of second order, multistep (arXiv 2211.01095).
+pub const MACULA_SAMPLER_DPM_MULTISTEP: macula_sampler = 5;
+
+/// For latent consistency models (arXiv 2310.04378).
+pub const MACULA_SAMPLER_LCM: macula_sampler = 6;
+
+/// How far a job is. All memory that it leads to stays for the call of the callback only.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct macula_progress {
+    /// What is being done: `"denoise"`, then `"decode"` for a latent model; never NULL.
+    pub stage: *const c_char,
+    /// Steps done of this stage, 0 to `total`.
+    pub done: u64,
+    /// Steps in all of this stage.
+    pub total: u64,
+    /// Stage `"denoise"`: the clean latent of all pictures as it is predicted now, `[batch, channels, h, w]`, 32-bit
+    /// floating point in host memory; NULL otherwise.
+    pub latent: *const macula_tensor,
+    /// The first picture as it is predicted now, if `preview` was asked for and the model draws in pixel space; NULL
+    /// otherwise.
+    pub preview: *const macula_image,
+}
+
+/// Is told how far a job is, once before the first step and after each one.
+///
+/// - `userdata`: what was given beside the callback.
+/// - `progress`: how far it is; never NULL.
+///
+/// Returns 0 to go on; anything else ends the job with `MACULA_STATUS_CANCELLED`. Called on the thread that made the
+/// call. It may call any function of this header; those that need the same pipeline are `BUSY`.
+pub type macula_progress_fn =
+    Option<unsafe extern "C" fn(userdata: *mut c_void, progress: *const macula_progress) -> i32>;
+
+/// What to draw.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct macula_draw_options {
+    /// `sizeof` this struct.
+    pub struct_size: usize,
+    /// What to draw, of any length; not NULL. Default: `NULL`.
+    pub prompt: *const c_char,
+    /// What to steer away from. May be NULL: the empty prompt. Default: `NULL`.
+    pub negative_prompt: *const c_char,
+    /// Start noise `[batch, channels, h, w]`, 32-bit floating point, standard normal. May be NULL: it comes from `seed`.
+    /// Default: `NULL`.
+    pub noise: *const macula_tensor,
+    /// Clean latent to start from, `[batch, channels, h, w]` or `[1, channels, h, w]`, 32-bit floating point, scaled as
+    /// the UNet sees it. May be NULL. At most one of this and `start_image`. Default: `NULL`.
+    pub start_latent: *const macula_tensor,
+    /// Picture to start from, of the drawn size. May be NULL. Default: `NULL`.
+    pub start_image: *const macula_image,
+    /// Stops the draw from another thread. May be NULL. Default: `NULL`.
+    pub cancel: *const macula_cancel_token,
+    /// Is told of each step. May be NULL. Default: `NULL`.
+    pub progress: macula_progress_fn,
+    /// Given to `progress` as it is. May be NULL. Default: `NULL`.
+    pub progress_userdata: *mut c_void,
+    /// Seed of all noise; the same seed gives the same picture on every machine with the same provider. Picture `i` has
+    /// the noise of picture `first_picture + i` of the seed, so batches can be cut at will. Default: `0`.
+    pub seed: u64,
+    /// Guidance scale w, 0 to 1000: the prediction is `uncond + w * (cond - uncond)`. 1 does without the unconditional
+    /// pass and is twice as fast. Default: `7.5`.
+    pub guidance: f64,
+    /// Share of the guided prediction that gets the conditional one's deviation (arXiv 2305.08891), 0 to 1.
+    /// Default: `0.0`.
+    pub guidance_rescale: f64,
+    /// DDIM: share of DDPM's noise, 0 to 1. Default: `0.0`.
+    pub eta: f64,
+    /// Steps of the whole schedule, 1 to its training steps. Default: `25`.
+    pub steps: u32,
+    /// First step that is run, with `start_latent` or `start_image`: 0 to `steps - 1`; the later, the more of the start
+    /// is kept. Default: `0`.
+    pub start_step: u32,
+    /// Number of pictures, 1 to 256. Default: `1`.
+    pub batch: u32,
+    /// See `seed`. Default: `0`.
+    pub first_picture: u32,
+    /// Pixels in a row, a multiple of `side_multiple` of the pipeline; 0 for the model's own. Default: `0`.
+    pub width: u32,
+    /// Rows, likewise. Default: `0`.
+    pub height: u32,
+    /// How noise is taken away. Default: `MACULA_SAMPLER_DEFAULT`.
+    pub sampler: macula_sampler,
+    /// Euler and DPM multistep: 1 for Karras' spacing of the noise levels, 0 for none, -1 for the folder's choice.
+    /// Default: `-1`.
+    pub karras: i32,
+    /// 1: `progress` gets `preview` where that is possible. Default: `0`.
+    pub preview: i32,
+    /// Class for a UNet that takes one. Default: `0`.
+    pub class_label: i32,
+}
+
+impl Default for macula_draw_options {
+    fn default() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            prompt: std::ptr::null(),
+            negative_prompt: std::ptr::null(),
+            noise: std::ptr::null(),
+            start_latent: std::ptr::null(),
+            start_image: std::ptr::null(),
+            cancel: std::ptr::null(),
+            progress: None,
+            progress_userdata: std::ptr::null_mut(),
+            seed: 0,
+            guidance: 7.5,
+            guidance_rescale: 0.0,
+            eta: 0.0,
+            steps: 25,
+            start_step: 0,
+            batch: 1,
+            first_picture: 0,
+            width: 0,
+            height: 0,
+            sampler: MACULA_SAMPLER_DEFAULT,
+            karras: -1,
+            preview: 0,
+            class_label: 0,
+        }
+    }
+}
+
+// SAFETY: repr(C), begins with its size; pointers, an optional function pointer and numbers take any bytes.
+unsafe impl Versioned for macula_draw_options {
+    const FIRST_SIZE: usize = 144;
+}
+
+/// Draws pictures.
+///
+/// - `pipeline`: a live pipeline; not NULL.
+/// - `options`: what to draw; not NULL, because `prompt` has no default.
+/// - `out_images`: receives the pictures; not NULL. Free them with `macula_images_free`.
+///
+/// Errors: `INVALID_ARGUMENT` with the range that was left; `CANCELLED`; `NOT_FINITE` naming the step; `RUNTIME_FAILED`;
+/// `BUSY` during another job. After any of them the pipeline draws as before. Any thread; blocks until it is done.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn macula_pipeline_draw(
+    pipeline: *mut macula_pipeline,
+    options: *const macula_draw_options,
+    out_images: *mut *mut macula_images,
+) -> macula_status {
+    guard("macula_pipeline_draw", |call| {
+        let pipeline = call.object(pipeline, "pipeline")?;
+        // SAFETY: valid as the header asks.
+        let (options, out_images) = unsafe {
+            reference(options, "options")?;
+            (argument::options(options, "options")?, out(out_images, "out_images")?)
+        };
+        let cancel = match options.cancel.is_null() {
+            true => CancelToken::new(),
+            false => call.object(options.cancel, "options.cancel")?.token.clone(),
+        };
+        // SAFETY: valid as the header asks.
+        let inputs = unsafe { Inputs::read(&options) }?;
+        let work = &mut *pipeline.begin()?;
+        let images = inputs.draw(&options, work, cancel)?;
+        out_images.set(macula_images::table().insert(macula_images { images }));
+        Ok(())
+    })
+}
+
+/// What the options lead to, copied.
+struct Inputs {
+    prompt: String,
+    negative_prompt: Option<String>,
+    noise: Option<Vec<f32>>,
+    start_latent: Option<Vec<f32>>,
+    start_image: Option<Images>,
+    sampler: Option<Sampler>,
+    karras: Option<bool>,
+}
+
+impl Inputs {
+    /// # Safety
+    /// Pointers are valid for what the fields' texts say.
+    unsafe fn read(options: &macula_draw_options) -> Result<Self> {
+        let tensor = |pointer: *const macula_tensor, name: &str| -> Result<Option<Vec<f32>>> {
+            if pointer.is_null() {
+                return Ok(None);
+            }
+            // SAFETY: as promised by the caller.
+            let tensor = unsafe { reference(pointer, name)?.read(name) }?;
+            tensor.into_vec::<f32>().map(Some).map_err(|error| error.at(name))
+        };
+        if !options.start_latent.is_null() && !options.start_image.is_null() {
+            return Err(Error::invalid_argument("options has both start_latent and start_image"));
+        }
+        Ok(Self {
+            // SAFETY: as promised by the caller.
+            prompt: unsafe { text(options.prompt, "options.prompt") }?.to_owned(),
+            // SAFETY: as promised by the caller.
+            negative_prompt: unsafe { optional_text(options.negative_prompt, "options.negative_prompt") }?
+                .map(str::to_owned),
+            noise: tensor(options.noise, "options.noise")?,
+            start_latent: tensor(options.start_latent, "options.start_latent")?,
+            start_image: match options.start_image.is_null() {
+                true => None,
+                // SAFETY: as promised by the caller.
+                false => {
+                    Some(unsafe { reference(options.start_image, "options.start_image")?.read("options.start_image")? })
+                }
+            },
+            sampler: match options.sampler {
+                MACULA_SAMPLER_DEFAULT => None,
+                MACULA_SAMPLER_DDPM => Some(Sampler::Ddpm),
+                MACULA_SAMPLER_DDIM => Some(Sampler::Ddim),
+                MACULA_SAMPLER_EULER => Some(Sampler::Euler),
+                MACULA_SAMPLER_EULER_ANCESTRAL => Some(Sampler::EulerAncestral),
+                MACULA_SAMPLER_DPM_MULTISTEP => Some(Sampler::DpmMultistep),
+                MACULA_SAMPLER_LCM => Some(Sampler::Lcm),
+                other => {
+                    return Err(Error::invalid_argument(format!("options.sampler is {other}, not a MACULA_SAMPLER_*")));
+                }
+            },
+            karras: match options.karras {
+                -1 => None,
+                0 => Some(false),
+                1 => Some(true),
+                other => return Err(Error::invalid_argument(format!("options.karras is {other}, must be -1, 0 or 1"))),
+            },
+        })
+    }
+
+    fn draw(
+        &self,
+        options: &macula_draw_options,
+        work: &mut super::pipeline::Work,
+        cancel: CancelToken,
+    ) -> Result<Images> {
+        let mut wanted = DrawOptions::new(self.prompt.clone());
+        wanted.negative_prompt = self.negative_prompt.clone();
+        wanted.images_per_prompt = options.batch as usize;
+        wanted.width = (options.width != 0).then_some(options.width as usize);
+        wanted.height = (options.height != 0).then_some(options.height as usize);
+        wanted.steps = options.steps as usize;
+        wanted.guidance = Guidance { scale: options.guidance, rescale: options.guidance_rescale };
+        wanted.sampler = self.sampler;
+        wanted.karras = self.karras;
+        wanted.eta = options.eta;
+        wanted.seed = options.seed;
+        wanted.first_image = options.first_picture;
+        wanted.noise = self.noise.as_deref();
+        wanted.class_label = options.class_label.into();
+        let step = options.start_step as usize;
+        wanted.start = match (&self.start_latent, &self.start_image) {
+            (Some(values), _) => Start::Latents { values, step },
+            (None, Some(images)) => Start::Images { images, step },
+            (None, None) if step == 0 => Start::Noise,
+            (None, None) => {
+                return Err(Error::invalid_argument(format!(
+                    "options.start_step is {step}, but there is neither start_latent nor start_image"
+                )));
+            }
+        };
+        let pixels = work.pipeline.info().latent_factor == 1;
+        let teller = Teller { callback: options.progress, userdata: options.progress_userdata };
+        let steps = wanted.steps.saturating_sub(step) as u64;
+        let mut on_step = |report: &StepReport<'_>| {
+            let preview = (options.preview != 0 && pixels).then(|| preview(report)).flatten();
+            let preview = preview.as_ref().and_then(|images| macula_image::of(images, 0).ok());
+            let latent = macula_tensor::view(report.clean, &report.shape, MACULA_DTYPE_F32);
+            let done = (report.step + 1).saturating_sub(step) as u64;
+            teller.tell(c"denoise", done, steps, Some(&latent), preview.as_ref())
+        };
+        if teller.tell(c"denoise", 0, steps, None, None).is_break() {
+            return Err(Error::new(crate::error::Status::Cancelled, "the draw was cancelled before its first step"));
+        }
+        let mut report = |progress: crate::progress::Progress<'_>| match progress.stage {
+            "decode" => teller.tell(c"decode", progress.done, progress.total, None, None),
+            _ => ControlFlow::Continue(()),
+        };
+        let mut job = Job { cancel, report: Some(&mut report) };
+        work.pipeline.draw(&wanted, Some(&mut on_step), &mut job)
+    }
+}
+
+/// The first picture of a batch in pixel space.
+fn preview(report: &StepReport<'_>) -> Option<Images> {
+    let [batch, channels, height, width] = report.shape;
+    let first = report.clean.get(..report.clean.len() / batch.max(1))?;
+    Images::from_planes(first, [1, channels, height, width]).ok()
+}
+
+/// The host's progress callback.
+#[derive(Clone, Copy)]
+pub(super) struct Teller {
+    pub(super) callback: macula_progress_fn,
+    pub(super) userdata: *mut c_void,
+}
+
+impl Teller {
+    fn tell(
+        &self,
+        stage: &std::ffi::CStr,
+        done: u64,
+        total: u64,
+        latent: Option<&macula_tensor>,
+        preview: Option<&macula_image>,
+    ) -> ControlFlow<()> {
+        let Some(callback) = self.callback else { return ControlFlow::Continue(()) };
+        let progress = macula_progress {
+            stage: stage.as_ptr(),
+            done,
+            total,
+            latent: latent.map_or(std::ptr::null(), std::ptr::from_ref),
+            preview: preview.map_or(std::ptr::null(), std::ptr::from_ref),
+        };
+        // SAFETY: a callback of the host, valid for the call as the header asks; what it is given lives until it returns.
+        if unsafe { callback(self.userdata, &raw const progress) } == 0 {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
+    }
+}
