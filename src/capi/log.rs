@@ -1,11 +1,11 @@
 //! Log
 //!
-//! What the library and ONNX Runtime have to say besides their results. It goes to the callbacks of the live runtime
-//! handles and nowhere else: with no callback, nothing is said. One process has one ONNX Runtime, so each callback hears
-//! all of it.
+//! What the library and ONNX Runtime have to say besides their results. It goes to the callbacks of live runtime handles
+//! and nowhere else: with no callback, nothing is said. A callback hears what concerns the library as a whole, and the
+//! models of the pipelines that were opened with its handle.
 
 use std::cell::Cell;
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{c_char, c_void};
 use std::sync::{Arc, Once};
 
 use log::{LevelFilter, Log, Metadata, Record};
@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 
 use super::argument::c_text;
 use crate::error::{Error, Result};
+use crate::runtime::LogSink;
 
 /// How much is logged, or how grave a message is: one of `MACULA_LOG_*`.
 pub type macula_log_level = i32;
@@ -68,6 +69,38 @@ thread_local! {
 /// A callback that hears messages until this is dropped.
 pub(super) struct Subscription(Arc<Sink>);
 
+impl Sink {
+    /// Makes the callback, if it is still live and wants to hear this.
+    fn say(&self, level: log::Level, target: &str, message: &str) {
+        if level > self.level {
+            return;
+        }
+        let live = self.live.read_recursive();
+        if !*live {
+            return;
+        }
+        let number = match level {
+            log::Level::Error => MACULA_LOG_ERROR,
+            log::Level::Warn => MACULA_LOG_WARNING,
+            log::Level::Info => MACULA_LOG_INFO,
+            log::Level::Debug | log::Level::Trace => MACULA_LOG_DEBUG,
+        };
+        let (target, message) = (c_text(target), c_text(message));
+        INSIDE.set(INSIDE.get() + 1);
+        // SAFETY: a live callback of the host; the texts stay for the call.
+        unsafe { (self.callback)(self.userdata, number, target.as_ptr(), message.as_ptr()) };
+        INSIDE.set(INSIDE.get() - 1);
+    }
+}
+
+impl Subscription {
+    /// Takes the messages about one runtime's sessions; silent once the subscription has ended.
+    pub(super) fn log_sink(&self) -> LogSink {
+        let sink = self.0.clone();
+        LogSink::new(move |level, message| sink.say(level, "macula::onnxruntime", message))
+    }
+}
+
 /// Begins to send messages to a callback; `None` if there is no callback or nothing is to be logged.
 pub(super) fn subscribe(
     callback: macula_log_fn,
@@ -120,27 +153,9 @@ impl Log for Dispatcher {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let sinks: Vec<Arc<Sink>> = SINKS.read().iter().filter(|sink| record.level() <= sink.level).cloned().collect();
-        if sinks.is_empty() {
-            return;
-        }
-        let level = match record.level() {
-            log::Level::Error => MACULA_LOG_ERROR,
-            log::Level::Warn => MACULA_LOG_WARNING,
-            log::Level::Info => MACULA_LOG_INFO,
-            log::Level::Debug | log::Level::Trace => MACULA_LOG_DEBUG,
-        };
-        let (target, message): (CString, CString) = (c_text(record.target()), c_text(&record.args().to_string()));
-        let (target, message): (&CStr, &CStr) = (&target, &message);
-        for sink in sinks {
-            let live = sink.live.read_recursive();
-            if *live {
-                INSIDE.set(INSIDE.get() + 1);
-                // SAFETY: a live callback of the host; the texts stay for the call.
-                unsafe { (sink.callback)(sink.userdata, level, target.as_ptr(), message.as_ptr()) };
-                INSIDE.set(INSIDE.get() - 1);
-            }
-        }
+        let sinks: Vec<Arc<Sink>> = SINKS.read().clone();
+        let message = record.args().to_string();
+        sinks.iter().for_each(|sink| sink.say(record.level(), record.target(), &message));
     }
 
     fn flush(&self) {}

@@ -133,6 +133,7 @@ pub unsafe extern "C" fn macula_runtime_create(
         // SAFETY: as above.
         wanted.library = unsafe { optional_path(options.library, "options.library") }?.map(Into::into);
         let subscription = log::subscribe(options.log, options.log_userdata, options.log_level)?;
+        wanted.log = subscription.as_ref().map(Subscription::log_sink);
         let runtime = Runtime::load(&wanted)?;
         let providers: Vec<CString> = runtime.compiled_providers()?.iter().map(|name| c_text(name)).collect();
         out_runtime.set(macula_runtime::table().insert(macula_runtime {
