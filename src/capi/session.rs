@@ -90,6 +90,8 @@ pub struct macula_session_options {
     pub profiles: *const macula_shape_profile,
     /// Number of `profiles`. Default: `0`.
     pub profile_count: usize,
+    /// Bytes that `cache_folder` may hold; what was not used for longest goes first. Default: `(uint64_t)64 << 30`.
+    pub cache_limit: u64,
     /// CUDA and TensorRT: most device memory of one model's arena in bytes; 0 for no limit. Default: `0`.
     pub memory_limit: u64,
     /// TensorRT: most workspace of an engine in bytes; 0 for its own choice. Default: `0`.
@@ -142,6 +144,7 @@ impl Default for macula_session_options {
             timing_cache: std::ptr::null(),
             profiles: std::ptr::null(),
             profile_count: 0,
+            cache_limit: 64 << 30,
             memory_limit: 0,
             max_workspace: 0,
             provider: MACULA_PROVIDER_CPU,
@@ -168,7 +171,7 @@ impl Default for macula_session_options {
 
 // SAFETY: repr(C), begins with its size; pointers and integers take any bytes.
 unsafe impl Versioned for macula_session_options {
-    const FIRST_SIZE: usize = 144;
+    const FIRST_SIZE: usize = 152;
 }
 
 impl macula_session_options {
@@ -239,6 +242,7 @@ impl macula_session_options {
         options.shrink = self.shrink_arena != 0;
         // SAFETY: as promised by the caller.
         options.cache = unsafe { optional_path(self.cache_folder, "cache_folder") }?.map(Into::into);
+        options.cache_limit = self.cache_limit;
         Ok(options)
     }
 }
