@@ -333,6 +333,88 @@ typedef struct {
 
 
 /* ==============================================================================================================
+ * Pictures
+ *
+ * Pictures are 8-bit RGB: rows from top to bottom, pixels from left to right, 3 bytes a pixel, no padding.
+ * ============================================================================================================== */
+
+/**
+ * Pictures that a draw made, all of one size. They never change, so any number of threads may read them.
+ */
+typedef struct macula_images macula_images;
+
+/**
+ * A view of one picture; it does not own the memory.
+ */
+typedef struct {
+  /**
+   * `height * width * 3` bytes; not NULL.
+   */
+  const uint8_t *rgb;
+  /**
+   * Pixels in a row, >= 1.
+   */
+  uint32_t width;
+  /**
+   * Rows, >= 1.
+   */
+  uint32_t height;
+} macula_image;
+
+
+/**
+ * How many pictures there are.
+ *
+ * - `images`: live pictures; not NULL.
+ * - `out_count`: receives the number; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_images_count(const macula_images *images, size_t *out_count);
+
+/**
+ * One picture.
+ *
+ * - `images`: live pictures; not NULL.
+ * - `index`: below their number.
+ * - `out_image`: receives a view that stays until the pictures are freed; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_images_get(const macula_images *images, size_t index, macula_image *out_image);
+
+/**
+ * Writes one picture as a PNG file: to a temporary file beside it, then renamed.
+ *
+ * - `images`: live pictures; not NULL.
+ * - `index`: below their number.
+ * - `file`: path; not NULL.
+ *
+ * Errors: `NOT_FOUND` if the folder is missing, `IO`. Any thread.
+ */
+macula_status macula_images_write_png(const macula_images *images, size_t index, const char *file);
+
+/**
+ * Frees pictures; views of them end.
+ *
+ * - `images`: live pictures; may be NULL, then nothing happens.
+ *
+ * Any thread.
+ */
+macula_status macula_images_free(macula_images *images);
+
+/**
+ * Writes any RGB picture as a PNG file: to a temporary file beside it, then renamed.
+ *
+ * - `image`: the picture; not NULL.
+ * - `file`: path; not NULL.
+ *
+ * Errors: `NOT_FOUND` if the folder is missing, `IO`. Any thread.
+ */
+macula_status macula_image_write_png(const macula_image *image, const char *file);
+
+
+/* ==============================================================================================================
  * Cancelling
  *
  * A token stops the jobs that it was given to, from any thread. A job also stops when its progress callback returns
@@ -397,9 +479,9 @@ macula_status macula_cancel_token_free(macula_cancel_token *token);
 /* ==============================================================================================================
  * Log
  *
- * What the library and ONNX Runtime have to say besides their results. It goes to the callbacks of the live runtime
- * handles and nowhere else: with no callback, nothing is said. One process has one ONNX Runtime, so each callback hears
- * all of it.
+ * What the library and ONNX Runtime have to say besides their results. It goes to the callbacks of live runtime handles
+ * and nowhere else: with no callback, nothing is said. A callback hears what concerns the library as a whole, and the
+ * models of the pipelines that were opened with its handle.
  * ============================================================================================================== */
 
 /**
@@ -655,6 +737,10 @@ typedef struct {
    */
   size_t profile_count;
   /**
+   * Bytes that `cache_folder` may hold; what was not used for longest goes first. Default: `(uint64_t)64 << 30`.
+   */
+  uint64_t cache_limit;
+  /**
    * CUDA and TensorRT: most device memory of one model's arena in bytes; 0 for no limit. Default: `0`.
    */
   uint64_t memory_limit;
@@ -739,7 +825,7 @@ typedef struct {
 /**
  * The defaults: `macula_session_options x = MACULA_SESSION_OPTIONS_INIT;`
  */
-#define MACULA_SESSION_OPTIONS_INIT { sizeof(macula_session_options), NULL, NULL, NULL, NULL, NULL, 0, 0, 0, MACULA_PROVIDER_CPU, 0, 0, 0, 1, 0, MACULA_OPTIMIZATION_ALL, 0, 1, 1, 0, 0, MACULA_CONVOLUTION_SEARCH_HEURISTIC, 1, 0, 0, -1, 0 }
+#define MACULA_SESSION_OPTIONS_INIT { sizeof(macula_session_options), NULL, NULL, NULL, NULL, NULL, 0, (uint64_t)64 << 30, 0, 0, MACULA_PROVIDER_CPU, 0, 0, 0, 1, 0, MACULA_OPTIMIZATION_ALL, 0, 1, 1, 0, 0, MACULA_CONVOLUTION_SEARCH_HEURISTIC, 1, 0, 0, -1, 0 }
 
 /**
  * The CPU.
@@ -1222,6 +1308,665 @@ macula_status macula_concept_overlap(const macula_concept *first,
                                      macula_overlap *out_total,
                                      macula_overlap *out_layers,
                                      size_t layer_count);
+
+
+/* ==============================================================================================================
+ * Pipelines
+ *
+ * A pipeline is an opened text-to-image model: a folder in the diffusers layout, exported to ONNX (`model_index.json`,
+ * `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and, for a latent model, `vae_decoder/`; `vae_encoder/` to start
+ * from images; `text_encoder_2/` and `tokenizer_2/` for SDXL). It does one job at a time: a draw, an encoding, a
+ * denoising step or a change of its composition. For jobs side by side, open it more than once.
+ * ============================================================================================================== */
+
+/**
+ * An opened text-to-image model.
+ */
+typedef struct macula_pipeline macula_pipeline;
+
+/**
+ * How a pipeline is opened.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * How its models are run. May be NULL: the values of `MACULA_SESSION_OPTIONS_INIT`. Default: `NULL`.
+   */
+  const macula_session_options *session;
+} macula_pipeline_options;
+
+/**
+ * The defaults: `macula_pipeline_options x = MACULA_PIPELINE_OPTIONS_INIT;`
+ */
+#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL }
+
+/**
+ * What a pipeline is. The texts belong to the pipeline handle.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Fingerprint of the UNet's K and V weights, 64 hexadecimal digits: concepts of this base carry it. `""` if its K
+   * and V cannot be composed.
+   */
+  const char *fingerprint;
+  /**
+   * What runs the UNet: `"CPUExecutionProvider"`, `"CUDAExecutionProvider"` or `"TensorrtExecutionProvider"`.
+   */
+  const char *provider;
+  /**
+   * Why another provider was asked for and replaced; NULL if none was.
+   */
+  const char *fallback_reason;
+  /**
+   * Default width of a picture in pixels.
+   */
+  size_t width;
+  /**
+   * Default height of a picture in pixels.
+   */
+  size_t height;
+  /**
+   * Widths and heights are multiples of this.
+   */
+  size_t side_multiple;
+  /**
+   * Channels of a latent.
+   */
+  size_t latent_channels;
+  /**
+   * Pixels of a picture per number of a latent, along a side; 1 for a model in pixel space.
+   */
+  size_t latent_factor;
+  /**
+   * Tokens of a prompt's chunk: encodings have a multiple of this many rows. 0 for a model without text.
+   */
+  size_t prompt_tokens;
+  /**
+   * Numbers in a row of a prompt's encoding; 0 if the model leaves it open or takes no text.
+   */
+  size_t prompt_features;
+  /**
+   * Number of K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
+   */
+  size_t projection_count;
+  /**
+   * 1 if pictures can be encoded, to start from them.
+   */
+  int32_t encodes_images;
+  /**
+   * 1 if K and V can be composed.
+   */
+  int32_t composes;
+} macula_pipeline_info;
+
+/**
+ * An empty struct to be filled in: `macula_pipeline_info x = MACULA_PIPELINE_INFO_INIT;`
+ */
+#define MACULA_PIPELINE_INFO_INIT { sizeof(macula_pipeline_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+
+/**
+ * Opens a model folder. The folder may change or go away afterwards.
+ *
+ * - `runtime`: a live runtime; not NULL. It may be freed before the pipeline.
+ * - `folder`: path of the folder that holds `model_index.json`; not NULL.
+ * - `options`: how it is run; may be NULL for the CPU, one thread per physical core and no cache.
+ * - `out_pipeline`: receives the pipeline; not NULL. Free it with `macula_pipeline_free`.
+ *
+ * Errors: `NOT_FOUND`, `IO`, `INVALID_FILE`, `UNSUPPORTED`, `LIMIT_EXCEEDED`, each naming the file and, in a model, the
+ * node; `PROVIDER_UNAVAILABLE` with the reason; `RUNTIME_FAILED`. Any thread.
+ */
+macula_status macula_pipeline_open(const macula_runtime *runtime,
+                                   const char *folder,
+                                   const macula_pipeline_options *options,
+                                   macula_pipeline **out_pipeline);
+
+/**
+ * Frees a pipeline with its models and its composition.
+ *
+ * - `pipeline`: a live pipeline; may be NULL, then nothing happens.
+ *
+ * Errors: `BUSY` during a job, also from inside its callback: then nothing was freed. Any thread.
+ */
+macula_status macula_pipeline_free(macula_pipeline *pipeline);
+
+/**
+ * What a pipeline is.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_PIPELINE_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread; never waits, also during a job.
+ */
+macula_status macula_pipeline_get_info(const macula_pipeline *pipeline, macula_pipeline_info *out_info);
+
+/**
+ * One K or V projection of a pipeline's UNet, in the order of the paths' bytes. `neurons` is 0.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `projection`: below `projection_count` of `macula_pipeline_info`.
+ * - `out_info`: an initialised struct (`MACULA_LAYER_INFO_INIT`) to be filled in; not NULL. Its text belongs to the
+ *   pipeline.
+ *
+ * Any thread; never waits, also during a job.
+ */
+macula_status macula_pipeline_get_projection(const macula_pipeline *pipeline,
+                                             size_t projection,
+                                             macula_layer_info *out_info);
+
+
+/* ==============================================================================================================
+ * Composing and ablating
+ *
+ * A composition shuts weights of K and V: each is multiplied by the product of `1 - strength` over the concepts that
+ * hold it. It stays until it is changed and acts on every draw and denoising step from then on. The base weights are
+ * never written and no model is built again, so a change costs milliseconds, and after `macula_composition_clear` the
+ * next picture is the base model's, bit for bit.
+ * ============================================================================================================== */
+
+/**
+ * One concept in a composition.
+ */
+typedef struct {
+  /**
+   * A live concept of the pipeline's base model; not NULL. It may be freed after the call. Default: `NULL`.
+   */
+  const macula_concept *subject;
+  /**
+   * Local scope: the words of the prompt that the concept acts on, several separated by commas; the prompt of a draw
+   * must hold one of them. May be NULL: the concept's trigger word with its class noun. Default: `NULL`.
+   */
+  const char *words;
+  /**
+   * Local scope, in place of `words`: the rows of the prompt's encoding that the concept acts on, `token_count` of
+   * them. May be NULL. Default: `NULL`.
+   */
+  const uint32_t *tokens;
+  /**
+   * Number of `tokens`. Default: `0`.
+   */
+  size_t token_count;
+  /**
+   * Share of each weight that is taken away, 0 (none) to 1 (the weight is shut). Default: `1.0f`.
+   */
+  float strength;
+  /**
+   * Where it acts. Default: `MACULA_SCOPE_DEFAULT`.
+   */
+  macula_scope scope;
+} macula_term;
+
+/**
+ * The defaults: `macula_term x = MACULA_TERM_INIT;`
+ */
+#define MACULA_TERM_INIT { NULL, NULL, NULL, 0, 1.0f, MACULA_SCOPE_DEFAULT }
+
+
+/**
+ * Draws concepts together: shuts the weights of all of them. Replaces what was composed before; what is ablated stays.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `terms`: the concepts, `term_count` of them, in any order; may be NULL if there are none.
+ * - `term_count`: how many; 0 ends composing.
+ *
+ * Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for a strength outside 0 to 1, or a concept that was
+ * found to erase; `UNSUPPORTED` if this UNet's K and V cannot be composed; `BUSY` during a job. On failure the
+ * composition stays as it was. Any thread.
+ */
+macula_status macula_compose(macula_pipeline *pipeline,
+                             const macula_term *terms,
+                             size_t term_count);
+
+/**
+ * Draws without concepts: shuts the weights of sets that were found to erase. Replaces what was ablated before; what is
+ * composed stays.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `terms`: the concepts, `term_count` of them, in any order; may be NULL if there are none.
+ * - `term_count`: how many; 0 ends ablating.
+ *
+ * Errors: as `macula_compose`; `INVALID_ARGUMENT` for a concept that was found to draw its subject. Any thread.
+ */
+macula_status macula_ablate(macula_pipeline *pipeline,
+                            const macula_term *terms,
+                            size_t term_count);
+
+/**
+ * Ends composing and ablating: the next picture is the base model's, bit for bit.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ *
+ * Errors: `BUSY` during a job. Any thread.
+ */
+macula_status macula_composition_clear(macula_pipeline *pipeline);
+
+
+/* ==============================================================================================================
+ * Drawing
+ *
+ * From a prompt to pictures, in one call that reports each step and can be stopped at any of them. The result depends
+ * on the options and the composition alone: not on the number of threads, the machine's load or earlier draws.
+ * ============================================================================================================== */
+
+/**
+ * How far a job is. All memory that it leads to stays for the call of the callback only.
+ */
+typedef struct {
+  /**
+   * What is being done: `"denoise"`, then `"decode"` for a latent model; never NULL.
+   */
+  const char *stage;
+  /**
+   * Steps done of this stage, 0 to `total`.
+   */
+  uint64_t done;
+  /**
+   * Steps in all of this stage.
+   */
+  uint64_t total;
+  /**
+   * Stage `"denoise"`: the clean latent of all pictures as it is predicted now, `[batch, channels, h, w]`, 32-bit
+   * floating point in host memory; NULL otherwise.
+   */
+  const macula_tensor *latent;
+  /**
+   * The first picture as it is predicted now, if `preview` was asked for and the model draws in pixel space; NULL
+   * otherwise.
+   */
+  const macula_image *preview;
+} macula_progress;
+
+/**
+ * Is told how far a job is, once before the first step and after each one.
+ *
+ * - `userdata`: what was given beside the callback.
+ * - `progress`: how far it is; never NULL.
+ *
+ * Returns 0 to go on; anything else ends the job with `MACULA_STATUS_CANCELLED`. Called on the thread that made the
+ * call. It may call any function of this header; those that need the same pipeline are `BUSY`.
+ */
+typedef int32_t (*macula_progress_fn)(void *userdata, const macula_progress *progress);
+
+/**
+ * How noise is taken away: one of `MACULA_SAMPLER_*`.
+ */
+typedef int32_t macula_sampler;
+
+/**
+ * What to draw.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * What to draw, of any length; not NULL. Default: `NULL`.
+   */
+  const char *prompt;
+  /**
+   * What to steer away from. May be NULL: the empty prompt. Default: `NULL`.
+   */
+  const char *negative_prompt;
+  /**
+   * Start noise `[batch, channels, h, w]`, 32-bit floating point, standard normal. May be NULL: it comes from `seed`.
+   * Default: `NULL`.
+   */
+  const macula_tensor *noise;
+  /**
+   * Clean latent to start from, `[batch, channels, h, w]` or `[1, channels, h, w]`, 32-bit floating point, scaled as
+   * the UNet sees it. May be NULL. At most one of this and `start_image`. Default: `NULL`.
+   */
+  const macula_tensor *start_latent;
+  /**
+   * Picture to start from, of the drawn size. May be NULL. Default: `NULL`.
+   */
+  const macula_image *start_image;
+  /**
+   * Stops the draw from another thread. May be NULL. Default: `NULL`.
+   */
+  const macula_cancel_token *cancel;
+  /**
+   * Is told of each step. May be NULL. Default: `NULL`.
+   */
+  macula_progress_fn progress;
+  /**
+   * Given to `progress` as it is. May be NULL. Default: `NULL`.
+   */
+  void *progress_userdata;
+  /**
+   * Seed of all noise; the same seed gives the same picture on every machine with the same provider. Picture `i` has
+   * the noise of picture `first_picture + i` of the seed, so batches can be cut at will. Default: `0`.
+   */
+  uint64_t seed;
+  /**
+   * Guidance scale w, 0 to 1000: the prediction is `uncond + w * (cond - uncond)`. 1 does without the unconditional
+   * pass and is twice as fast. Default: `7.5`.
+   */
+  double guidance;
+  /**
+   * Share of the guided prediction that gets the conditional one's deviation (arXiv 2305.08891), 0 to 1.
+   * Default: `0.0`.
+   */
+  double guidance_rescale;
+  /**
+   * DDIM: share of DDPM's noise, 0 to 1. Default: `0.0`.
+   */
+  double eta;
+  /**
+   * Steps of the whole schedule, 1 to its training steps. Default: `25`.
+   */
+  uint32_t steps;
+  /**
+   * First step that is run, with `start_latent` or `start_image`: 0 to `steps - 1`; the later, the more of the start
+   * is kept. Default: `0`.
+   */
+  uint32_t start_step;
+  /**
+   * Number of pictures, 1 to 256. Default: `1`.
+   */
+  uint32_t batch;
+  /**
+   * See `seed`. Default: `0`.
+   */
+  uint32_t first_picture;
+  /**
+   * Pixels in a row, a multiple of `side_multiple` of the pipeline; 0 for the model's own. Default: `0`.
+   */
+  uint32_t width;
+  /**
+   * Rows, likewise. Default: `0`.
+   */
+  uint32_t height;
+  /**
+   * How noise is taken away. Default: `MACULA_SAMPLER_DEFAULT`.
+   */
+  macula_sampler sampler;
+  /**
+   * Euler and DPM multistep: 1 for Karras' spacing of the noise levels, 0 for none, -1 for the folder's choice.
+   * Default: `-1`.
+   */
+  int32_t karras;
+  /**
+   * 1: `progress` gets `preview` where that is possible. Default: `0`.
+   */
+  int32_t preview;
+  /**
+   * Class for a UNet that takes one. Default: `0`.
+   */
+  int32_t class_label;
+} macula_draw_options;
+
+/**
+ * The defaults: `macula_draw_options x = MACULA_DRAW_OPTIONS_INIT;`
+ */
+#define MACULA_DRAW_OPTIONS_INIT { sizeof(macula_draw_options), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 7.5, 0.0, 0.0, 25, 0, 1, 0, 0, 0, MACULA_SAMPLER_DEFAULT, -1, 0, 0 }
+
+/**
+ * The one of the model's `scheduler/`.
+ */
+#define MACULA_SAMPLER_DEFAULT 0
+
+/**
+ * DDPM (arXiv 2006.11239).
+ */
+#define MACULA_SAMPLER_DDPM 1
+
+/**
+ * DDIM (arXiv 2010.02502); `eta` adds noise.
+ */
+#define MACULA_SAMPLER_DDIM 2
+
+/**
+ * Euler (arXiv 2206.00364).
+ */
+#define MACULA_SAMPLER_EULER 3
+
+/**
+ * Euler with noise added at each step.
+ */
+#define MACULA_SAMPLER_EULER_ANCESTRAL 4
+
+/**
+ * DPM-Solver++ of second order, multistep (arXiv 2211.01095).
+ */
+#define MACULA_SAMPLER_DPM_MULTISTEP 5
+
+/**
+ * For latent consistency models (arXiv 2310.04378).
+ */
+#define MACULA_SAMPLER_LCM 6
+
+
+/**
+ * Draws pictures.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `options`: what to draw; not NULL, because `prompt` has no default.
+ * - `out_images`: receives the pictures; not NULL. Free them with `macula_images_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` with the range that was left; `CANCELLED`; `NOT_FINITE` naming the step; `RUNTIME_FAILED`;
+ * `BUSY` during another job. After any of them the pipeline draws as before. Any thread; blocks until it is done.
+ */
+macula_status macula_pipeline_draw(macula_pipeline *pipeline,
+                                   const macula_draw_options *options,
+                                   macula_images **out_images);
+
+
+/* ==============================================================================================================
+ * Encoding prompts and single denoising steps
+ *
+ * For hosts with a sampler of their own: encode prompts once, then ask for one prediction at a time. The pipeline's
+ * composition acts here as it does in a draw.
+ * ============================================================================================================== */
+
+/**
+ * A prompt's encoding. It never changes, so any number of threads may read it.
+ */
+typedef struct macula_embedding macula_embedding;
+
+/**
+ * What an encoding is. The tensors' memory belongs to the encoding's handle and must not be written.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The encoding `[1, rows, features]`, 32-bit floating point. `data` must not be written.
+   */
+  macula_tensor context;
+  /**
+   * The pooled encoding `[1, features]` of SDXL's second encoder; `rank` 0 and `data` NULL if there is none.
+   */
+  macula_tensor pooled;
+  /**
+   * Rows that stand for the prompt's own tokens, without begin, end and padding.
+   */
+  size_t own_tokens;
+} macula_embedding_info;
+
+/**
+ * An empty struct to be filled in: `macula_embedding_info x = MACULA_EMBEDDING_INFO_INIT;`
+ */
+#define MACULA_EMBEDDING_INFO_INIT { sizeof(macula_embedding_info), { 0, 0, { 0 }, 0, 0, 0, 0 }, { 0, 0, { 0 }, 0, 0, 0, 0 }, 0 }
+
+/**
+ * What one prediction is made from. All tensors lie in host memory and are copied.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The states `[batch, channels, h, w]`, 32-bit floating point, scaled as the sampler wants it; not NULL.
+   * Default: `NULL`.
+   */
+  const macula_tensor *sample;
+  /**
+   * The prompts' encodings `[batch, rows, features]`, 32-bit floating point, any number of rows that the model takes.
+   * NULL only for a model without text. Default: `NULL`.
+   */
+  const macula_tensor *context;
+  /**
+   * SDXL: pooled encodings `[batch, features]`. May be NULL. Default: `NULL`.
+   */
+  const macula_tensor *text_embeds;
+  /**
+   * SDXL: sizes `[batch, 6]`: original height and width, crop top and left, target height and width. May be NULL.
+   * Default: `NULL`.
+   */
+  const macula_tensor *time_ids;
+  /**
+   * Classes `[batch]`, 64-bit integers. May be NULL. Default: `NULL`.
+   */
+  const macula_tensor *class_labels;
+  /**
+   * Embedded guidance scales `[batch, features]` of a distilled model. May be NULL. Default: `NULL`.
+   */
+  const macula_tensor *timestep_cond;
+  /**
+   * The encoding that the conditional entries' `context` is: tells a local concept where its words stand. May be NULL:
+   * then local concepts need `tokens`. Default: `NULL`.
+   */
+  const macula_embedding *embedding;
+  /**
+   * Stops the prediction from another thread. May be NULL. Default: `NULL`.
+   */
+  const macula_cancel_token *cancel;
+  /**
+   * Timestep in training steps, 0 to 1000 for usual models. Default: `0.0`.
+   */
+  double timestep;
+  /**
+   * Local concepts act on the entries of the batch from this one on: the number of unconditional entries, which come
+   * first. Default: `0`.
+   */
+  size_t first_conditional;
+} macula_denoise_inputs;
+
+/**
+ * The defaults: `macula_denoise_inputs x = MACULA_DENOISE_INPUTS_INIT;`
+ */
+#define MACULA_DENOISE_INPUTS_INIT { sizeof(macula_denoise_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0.0, 0 }
+
+
+/**
+ * Encodes a prompt of any length: longer ones than the text encoder's are cut into chunks and joined.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `prompt`: the text, possibly empty; not NULL.
+ * - `cancel`: stops the encoding from another thread; may be NULL.
+ * - `out_embedding`: receives the encoding; not NULL. Free it with `macula_embedding_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` for a prompt that is too long, with the range; `CANCELLED`; `RUNTIME_FAILED`; `BUSY` during
+ * another job. Any thread; blocks until it is done.
+ */
+macula_status macula_pipeline_encode_prompt(macula_pipeline *pipeline,
+                                            const char *prompt,
+                                            const macula_cancel_token *cancel,
+                                            macula_embedding **out_embedding);
+
+/**
+ * What an encoding is.
+ *
+ * - `embedding`: a live encoding; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_EMBEDDING_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_embedding_get_info(const macula_embedding *embedding, macula_embedding_info *out_info);
+
+/**
+ * Frees an encoding; views of it end.
+ *
+ * - `embedding`: a live encoding; may be NULL, then nothing happens.
+ *
+ * Any thread.
+ */
+macula_status macula_embedding_free(macula_embedding *embedding);
+
+/**
+ * One prediction of the UNet under the pipeline's composition: noise, velocity or clean states, as the model was trained.
+ * The keys and values of a context are computed when it or the composition changes, not at each step.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `inputs`: what it is made from; not NULL.
+ * - `out_prediction`: a tensor of the shape of `sample`, 32-bit floating point, whose memory receives the prediction on
+ *   success; not NULL. It may be the memory of `sample`.
+ *
+ * Errors: `INVALID_ARGUMENT` for shapes that the model does not take, naming the input and the range; `CANCELLED`;
+ * `NOT_FINITE`; `RUNTIME_FAILED`; `BUSY` during another job. Any thread; blocks until it is done.
+ */
+macula_status macula_pipeline_denoise(macula_pipeline *pipeline,
+                                      const macula_denoise_inputs *inputs,
+                                      const macula_tensor *out_prediction);
+
+
+/* ==============================================================================================================
+ * Memory
+ *
+ * What is taken, so that a host can plan: figures of one pipeline, and of the whole process.
+ * ============================================================================================================== */
+
+/**
+ * What a pipeline takes, in bytes. A figure that ONNX Runtime does not tell is `UINT64_MAX`.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Weights of all models, as they are stored. Kernels may keep some a second time, packed for themselves.
+   */
+  uint64_t weights;
+  /**
+   * Intermediate values and packed weights that the models' arenas have handed out now.
+   */
+  uint64_t arena;
+  /**
+   * The sum of the most that each model's arena ever had handed out.
+   */
+  uint64_t arena_peak;
+  /**
+   * Pristine K and V weights, the keys and values that are bound, and gathered concepts.
+   */
+  uint64_t composition;
+  /**
+   * RAM of the whole process now, all of its parts together.
+   */
+  uint64_t process;
+  /**
+   * The most RAM that the process ever took.
+   */
+  uint64_t process_peak;
+} macula_memory_info;
+
+/**
+ * An empty struct to be filled in: `macula_memory_info x = MACULA_MEMORY_INFO_INIT;`
+ */
+#define MACULA_MEMORY_INFO_INIT { sizeof(macula_memory_info), 0, 0, 0, 0, 0, 0 }
+
+
+/**
+ * What a pipeline and the process take.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_MEMORY_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Errors: `BUSY` during a job. Any thread.
+ */
+macula_status macula_pipeline_get_memory(const macula_pipeline *pipeline, macula_memory_info *out_info);
 
 
 #ifdef __cplusplus

@@ -11,6 +11,7 @@ mod support;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use c::Bench;
 use header::{Function, Parameter};
@@ -19,9 +20,17 @@ use header::{Function, Parameter};
 fn walk_source() -> String {
     let macros: Vec<String> = header::items()
         .into_iter()
-        .filter_map(|item| item.code.strip_prefix("#define ")?.split(' ').next()?.strip_suffix("_INIT").map(str::to_lowercase))
+        .filter_map(|item| {
+            item.code.strip_prefix("#define ")?.split(' ').next()?.strip_suffix("_INIT").map(str::to_lowercase)
+        })
         .collect();
     let mut source = String::from("#include \"world.h\"\n\n#define ALL (-2)\n");
+    source += "enum place { NUMBER, NULLABLE, REQUIRED };\n\n";
+    source += "struct walked {\n  const char *name;\n  macula_status (*call)(int);\n  int count, can_fail;\n";
+    source += "  enum place places[8];\n  const char *names[8];\n};\n";
+    if cfg!(feature = "inject") {
+        source += "#define INJECT\n";
+    }
     let functions = header::functions();
     for function in &functions {
         source += &caller(function, &macros);
@@ -85,6 +94,13 @@ fn caller(function: &Function, macros: &[String]) -> String {
     text
 }
 
+/// A folder with a small model of random weights that draws in pixel space.
+fn model() -> PathBuf {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    support::onnxruntime();
+    MODEL.get_or_init(|| support::fixture("pipelines.py", &["pixel"]).join("model")).clone()
+}
+
 fn walk(mode: &str) {
     let bench = Bench::new();
     let source = bench.folder().join("walk.c");
@@ -106,6 +122,105 @@ fn every_export_refuses_to_work_in_a_forked_child() {
 #[test]
 fn every_export_can_be_called_from_inside_a_callback() {
     walk("callback");
+}
+
+#[test]
+fn the_boundary_holds_without_a_model() {
+    let bench = Bench::new();
+    bench.run(&bench.compile("boundary"), &[bench.folder()]);
+}
+
+#[test]
+fn a_cancel_at_any_moment_leaves_the_next_picture_as_it_was() {
+    let bench = Bench::new();
+    bench.run(&bench.compile("cancel"), &[&model()]);
+}
+
+#[test]
+fn the_host_is_left_as_it_was() {
+    let bench = Bench::new();
+    bench.run(&bench.compile("host_state"), &[&model()]);
+}
+
+#[test]
+fn the_library_can_be_loaded_and_unloaded_a_hundred_times() {
+    let bench = Bench::new();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c/load.c");
+    let program = bench.compile_file(&source, &[]);
+    bench.run(&program, &[&bench.folder().join("libmacula.so.0"), &model()]);
+}
+
+#[test]
+fn a_program_may_exit_at_any_point() {
+    let bench = Bench::new();
+    let program = bench.compile("exit");
+    for at in ["loaded", "runtime", "pipeline", "drawn", "drawing", "thread", "quick"] {
+        for _ in 0..3 {
+            bench.run(&program, &[Path::new(at), &model()]);
+        }
+    }
+}
+
+#[test]
+fn drawing_composing_and_denoising_work_from_c() {
+    let bench = Bench::new();
+    // A well-formed model with an operator that ONNX Runtime does not have.
+    let broken = bench.folder().join("broken");
+    copy(&model(), &broken);
+    let graph = broken.join("unet/model.onnx");
+    let mut bytes = std::fs::read(&graph).unwrap();
+    let places: Vec<usize> = (0..bytes.len() - 7).filter(|&at| &bytes[at..at + 7] == b"Softmax").collect();
+    assert!(!places.is_empty());
+    places.iter().for_each(|&at| bytes[at..at + 7].copy_from_slice(b"Softmox"));
+    std::fs::write(&graph, bytes).unwrap();
+    bench.run(&bench.compile("draw"), &[&model(), bench.folder(), &broken]);
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() { copy(&path, &target) } else { _ = std::fs::copy(&path, &target).unwrap() }
+    }
+}
+
+#[test]
+fn every_status_is_reached_by_a_c_test() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c");
+    let sources: String =
+        std::fs::read_dir(folder).unwrap().map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap()).collect();
+    let text = header::text();
+    let values = text.lines().filter_map(|line| line.trim().strip_prefix("MACULA_STATUS_")?.split(' ').next());
+    for name in values {
+        let name = format!("MACULA_STATUS_{name}");
+        let reached = sources.contains(&format!("EXPECT({name},")) || sources.contains(&format!("status != {name})"));
+        assert!(reached || name == "MACULA_STATUS_OK", "no C test expects {name}");
+    }
+}
+
+#[test]
+fn eight_threads_draw_what_one_draws() {
+    let bench = Bench::new();
+    bench.run(&bench.compile("threads"), &[&model()]);
+}
+
+/// Statuses of ONNX Runtime that cannot be had or used; each must come within a second.
+#[test]
+fn a_runtime_that_is_not_there_is_a_status() {
+    let bench = Bench::new();
+    bench.run(&bench.compile("no_runtime"), &[bench.folder()]);
+}
+
+/// The C tests without a model under Valgrind: every read and write of the boundary, and no block lost.
+#[test]
+fn valgrind_finds_no_fault_at_the_boundary() {
+    let bench = Bench::new();
+    let program = bench.compile("boundary");
+    let mut command = Command::new("valgrind");
+    command.args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=definite,indirect"]);
+    command.args(["--errors-for-leak-kinds=definite,indirect"]).arg(&program).arg(bench.folder());
+    c::succeed(command.env("UNDER_VALGRIND", "1"));
 }
 
 #[cfg(feature = "inject")]

@@ -41,6 +41,24 @@ fn the_header_compiles_alone_in_every_standard() {
 }
 
 #[test]
+fn the_program_on_the_opening_page_compiles() {
+    let folder = tempfile::tempdir().unwrap();
+    let program: String = header::text()
+        .lines()
+        .skip_while(|line| !line.contains("#include <macula.h>"))
+        .take_while(|line| !line.contains("CONVENTIONS"))
+        .map(|line| line.trim_start_matches(" *").to_owned() + "\n")
+        .collect();
+    let source = folder.path().join("opening.c");
+    std::fs::write(&source, program).unwrap();
+    let mut command = Command::new(c::compiler());
+    command.args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-Wpedantic"]);
+    command.arg("-I").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("include"));
+    command.arg("-c").arg(&source).arg("-o").arg(folder.path().join("opening.o"));
+    c::succeed(&mut command);
+}
+
+#[test]
 fn more_than_half_of_the_header_is_comment() {
     let text = header::text();
     let (mut comment, mut all, mut inside) = (0, 0, false);

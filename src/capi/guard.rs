@@ -26,6 +26,8 @@ thread_local! {
 
 /// The handles that one call works with, so that a panic can make them unusable.
 pub(super) struct Call {
+    #[cfg_attr(not(feature = "inject"), allow(dead_code))]
+    name: &'static str,
     used: Vec<Arc<AtomicBool>>,
 }
 
@@ -40,6 +42,8 @@ impl Call {
             ));
         }
         self.used.push(entry.poisoned.clone());
+        #[cfg(feature = "inject")]
+        super::inject::panic_if_asked(self.name, true);
         Ok(entry)
     }
 }
@@ -88,11 +92,11 @@ fn guard_with(name: &'static str, fork: Fork, body: impl FnOnce(&mut Call) -> Re
         return Status::Forked;
     }
     silence_panics();
-    let mut call = Call { used: Vec::new() };
+    let mut call = Call { name, used: Vec::new() };
     DEPTH.set(DEPTH.get() + 1);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         #[cfg(feature = "inject")]
-        super::inject::panic_if_asked(name);
+        super::inject::panic_if_asked(name, false);
         body(&mut call)
     }));
     DEPTH.set(DEPTH.get() - 1);

@@ -16,7 +16,11 @@ pub fn run() -> Result<()> {
     let picture = out()?.join("demo.png");
     let models = root().join("models");
     let draw = &mut Command::new(program);
-    draw.env("MACULA_ONNXRUNTIME", runtime).arg(models.join("emoji")).arg(models.join("concepts")).arg(&picture);
+    draw.env("MACULA_ONNXRUNTIME", runtime).arg(models.join("emoji/onnx"));
+    for concept in ["ram", "tractor", "erase-tiger"] {
+        draw.arg(models.join("concepts").join(concept).with_extension("safetensors"));
+    }
+    draw.arg(&picture);
     step("draw", draw)?;
     println!("The picture is {}", picture.display());
     Ok(())

@@ -108,7 +108,7 @@ fn with_initialisers(text: &str) -> Result<String> {
         if line != "typedef struct {" {
             continue;
         }
-        let mut members = Vec::new();
+        let mut members: Vec<(String, String)> = Vec::new();
         let mut documentation = String::new();
         for line in lines.by_ref() {
             writeln!(out, "{line}")?;
