@@ -2,7 +2,7 @@
 //!
 //! Linux x86-64 is what is tested. Nothing here knows ONNX, models or ONNX Runtime.
 
-use std::ffi::{CStr, CString, OsStr, c_void};
+use std::ffi::{CStr, CString, OsStr, c_char, c_void};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// What tells one state of a file from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -321,4 +322,37 @@ pub(crate) fn cpu_description() -> String {
 pub(crate) fn create_private_folder(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().mode(0o700).create(path)
+}
+
+unsafe extern "C" {
+    static environ: AtomicPtr<*const c_char>;
+}
+
+/// Runs `body` in an environment with one more variable, `NAME=value`, unless the host has set it itself.
+///
+/// `setenv` would free memory that another thread may be reading. Here `environ` points to a copy for the time being,
+/// which is never freed, and then back to where it pointed; a thread that changes the environment meanwhile keeps its
+/// change and, with it, the variable.
+pub(crate) fn with_variable<T>(variable: &'static CStr, body: impl FnOnce() -> T) -> T {
+    let name = variable.to_bytes().split(|byte| *byte == b'=').next().unwrap_or_default();
+    if std::env::var_os(OsStr::from_bytes(name)).is_some() {
+        return body();
+    }
+    // SAFETY: libc's variable, as large and as aligned as a pointer; others read and write it as one word.
+    let place = unsafe { &environ };
+    let before = place.load(Ordering::SeqCst);
+    let mut entries = Vec::new();
+    let mut at = before;
+    // SAFETY: NULL, or an array of strings that a NULL ends.
+    while let Some(entry) = NonNull::new(at).map(|at| unsafe { *at.as_ptr() }).filter(|entry| !entry.is_null()) {
+        entries.push(entry);
+        at = at.wrapping_add(1);
+    }
+    entries.extend([variable.as_ptr(), std::ptr::null()]);
+    // Another thread may still read it long after: leaked, once in a process.
+    let during = Box::leak(entries.into_boxed_slice()).as_mut_ptr();
+    place.store(during, Ordering::SeqCst);
+    let result = body();
+    let _ = place.compare_exchange(during, before, Ordering::SeqCst, Ordering::SeqCst);
+    result
 }

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use super::argument::{self, Versioned, optional_text, out, reference, text};
 use super::cancel::macula_cancel_token;
 use super::guard::guard;
-use super::handle::{Object, object};
+use super::handle::Object;
 use super::image::{macula_image, macula_images};
 use super::pipeline::macula_pipeline;
 use super::status::macula_status;

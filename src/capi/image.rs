@@ -6,7 +6,7 @@ use std::ffi::c_char;
 
 use super::argument::{out, path, reference, slice};
 use super::guard::{guard, guard_free};
-use super::handle::{Object, object};
+use super::handle::object;
 use super::status::macula_status;
 use crate::diffusion::pipeline::Images;
 use crate::error::{Error, Result};

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use rayon::ThreadPool;
 
-use super::argument::{self, Versioned, c_text, out, path, reference};
+use super::argument::{self, Versioned, c_text, out, path};
 use super::concept::macula_layer_info;
 use super::guard::{guard, guard_free};
 use super::handle::{Object, object};

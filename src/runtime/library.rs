@@ -254,7 +254,10 @@ fn connect(base: ApiBase, path: Option<PathBuf>) -> Result<Loaded, String> {
         return Err(format!("version {version} does not give API {API_VERSION}"));
     }
     let api = Api(table);
-    let environment = environment(api).map_err(|error| error.to_string())?;
+    // ONNX Runtime from 1.32 on starts a telemetry thread with its environment, before it can be told not to. The thread
+    // would idle for ever, and a forked child would wait for it when it exits.
+    let environment = os::with_variable(c"ORT_DISABLE_TELEMETRY=1", || environment(api));
+    let environment = environment.map_err(|error| error.to_string())?;
     Ok(Loaded { api, environment, base, path, version, minor })
 }
 

@@ -27,9 +27,9 @@ use super::guidance::{Guidance, Noise, OnStep, Walk};
 use super::schedule::{Plan, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
 use crate::concept::{Composition, GatheredConcept, Rows};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::progress::{CancelToken, Job};
-use crate::runtime::{ProviderKind, Runtime};
+use crate::runtime::{ProviderKind, Runtime, Session, SessionMemory};
 
 pub use text::Embedding;
 pub use tokenizer::{MAX_PROMPT_BYTES, MAX_PROMPT_CHUNKS, PromptTokenizer, TokenizedPrompt, open_tokenizer};
@@ -194,6 +194,8 @@ pub struct Pipeline {
     info: PipelineInfo,
     concepts: Vec<AppliedConcept>,
     embeddings: Vec<(String, usize, Arc<Embedding>)>,
+    /// What [`Pipeline::denoise`] set up last, so that the steps after the first compute no keys and values.
+    stepped: Option<(Conditioning, usize, Option<String>)>,
 }
 
 impl Pipeline {
@@ -234,6 +236,7 @@ impl Pipeline {
             info,
             concepts: Vec::new(),
             embeddings: Vec::new(),
+            stepped: None,
         })
     }
 
@@ -249,6 +252,7 @@ impl Pipeline {
 
     /// See [`Pipeline::unet`]. The next draw sets conditioning and composition anew.
     pub fn unet_mut(&mut self) -> &mut Unet {
+        self.stepped = None;
         &mut self.unet
     }
 
@@ -277,6 +281,7 @@ impl Pipeline {
         for applied in &concepts {
             composition.push(applied.concept.clone(), applied.strength, Rows::All)?;
         }
+        self.stepped = None;
         self.unet.set_composition(composition)?;
         self.concepts = concepts;
         Ok(())
@@ -323,6 +328,97 @@ impl Pipeline {
         }
         self.embeddings.push((prompt.to_owned(), chunks, embedding.clone()));
         Ok(embedding)
+    }
+
+    /// One prediction under the pipeline's concepts, for hosts with a sampler of their own; otherwise as
+    /// [`Unet::denoise`].
+    ///
+    /// Concepts of local scope act on the entries of the batch from `first_conditional` on; where their words stand is
+    /// told by `prompt`, the encoding of those entries.
+    ///
+    /// # Errors
+    /// Those of [`Unet::set_conditioning`] and [`Unet::denoise`]; [`crate::Status::InvalidArgument`] if a concept's words
+    /// are not in the prompt, or there is no prompt to find them in; [`crate::Status::NotFinite`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn denoise(
+        &mut self,
+        sample: &[f32],
+        shape: [usize; 4],
+        timestep: f64,
+        conditioning: &Conditioning,
+        first_conditional: usize,
+        prompt: Option<&Embedding>,
+        cancel: &CancelToken,
+    ) -> Result<Vec<f32>> {
+        let asked = Some((conditioning, first_conditional, prompt.map(|prompt| prompt.prompt.text())));
+        let bound = self.stepped.as_ref().map(|(bound, first, text)| (bound, *first, text.as_deref()));
+        if asked != bound {
+            self.stepped = None;
+            let composition = self.stepped_composition(conditioning.batch, first_conditional, prompt)?;
+            self.unet.set_composition(composition)?;
+            self.unet.set_conditioning(conditioning)?;
+            let text = prompt.map(|prompt| prompt.prompt.text().to_owned());
+            self.stepped = Some((conditioning.clone(), first_conditional, text));
+        }
+        let prediction = self.unet.denoise(sample, shape, timestep, cancel)?;
+        if prediction.iter().any(|value| !value.is_finite()) {
+            return Err(Error::new(
+                Status::NotFinite,
+                format!("the prediction at timestep {timestep} holds a NaN or infinity"),
+            ));
+        }
+        Ok(prediction)
+    }
+
+    /// The concepts as they act on the entries of a batch from `first_conditional` on.
+    fn stepped_composition(
+        &self,
+        batch: usize,
+        first_conditional: usize,
+        prompt: Option<&Embedding>,
+    ) -> Result<Composition> {
+        let rows_of = |words: &[String]| -> Result<Vec<usize>> {
+            let Some(prompt) = prompt.map(|embedding| &embedding.prompt) else {
+                let why = format!("where {} stand is not known without the prompt's encoding", quoted(words));
+                return Err(Error::invalid_argument(why));
+            };
+            let rows: Vec<usize> = words.iter().flat_map(|word| prompt.rows_of(word)).collect();
+            if rows.is_empty() {
+                let why = format!(
+                    "a concept acts on the words {} only, and none of them is in {:?}",
+                    quoted(words),
+                    prompt.text()
+                );
+                return Err(Error::invalid_argument(why));
+            }
+            Ok(rows)
+        };
+        let mut composition = Composition::new();
+        for applied in &self.concepts {
+            let tokens = match &applied.scope {
+                ConceptScope::Global => None,
+                ConceptScope::Words(words) => Some(rows_of(words)?),
+                ConceptScope::Tokens(tokens) => Some(tokens.clone()),
+            };
+            let entries = first_conditional..batch;
+            let rows = tokens.map_or(Rows::All, |tokens| {
+                Rows::Only(entries.flat_map(|entry| tokens.iter().map(move |token| (entry, *token))).collect())
+            });
+            composition.push(applied.concept.clone(), applied.strength, rows)?;
+        }
+        Ok(composition)
+    }
+
+    /// What the models take: weights in all, and what their arenas hold and held.
+    pub fn memory(&self) -> SessionMemory {
+        let sessions = self.encoders.iter().map(|encoder| &encoder.session);
+        let sessions = sessions.chain(self.decoder.iter().chain(&self.encoder).map(Vae::session));
+        let add = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
+        sessions.map(Session::memory).fold(self.unet.session().memory(), |sum, one| SessionMemory {
+            weights: sum.weights + one.weights,
+            arena: add(sum.arena, one.arena),
+            arena_peak: add(sum.arena_peak, one.arena_peak),
+        })
     }
 
     /// Draws images, prompt by prompt.
@@ -377,6 +473,7 @@ impl Pipeline {
         };
         let texts = self.texts(options, guidance.needs_unconditional(), &job.cancel)?;
         let conditioning = self.conditioning(options, &texts, (height, width), embedded_guidance)?;
+        self.stepped = None;
         let composition = self.composition(&texts, options)?;
         self.unet.set_composition(composition)?;
         let clean = self.clean(options, shape, &job.cancel)?;

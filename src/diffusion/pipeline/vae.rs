@@ -1,10 +1,15 @@
 //! The variational autoencoder between latents and images, and images as 8-bit RGB.
 
+use std::fs;
+use std::path::Path;
+
+use image::codecs::png::PngEncoder;
+use image::{ExtendedColorType, ImageEncoder};
 use serde_json::Value;
 
 use crate::diffusion::folder::Folder;
 use crate::diffusion::precision;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{Runtime, Session, SessionOptions};
@@ -50,6 +55,45 @@ impl Images {
         Ok(Self { count, height, width, rgb })
     }
 
+    /// Writes one picture as a PNG file: to a temporary file beside it, then renamed.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] if there is no such picture or the number of bytes is not that of the sizes;
+    /// [`crate::Status::NotFound`] or [`crate::Status::Io`].
+    pub fn write_png(&self, index: usize, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let size = self.height.checked_mul(self.width).and_then(|area| area.checked_mul(3));
+        let picture = size.filter(|&size| size > 0 && index < self.count).and_then(|size| {
+            let start = index.checked_mul(size)?;
+            self.rgb.get(start..start.checked_add(size)?)
+        });
+        let picture = picture.ok_or_else(|| {
+            Error::invalid_argument(format!(
+                "there is no picture {index} in {} of {} x {} pixels with {} bytes",
+                self.count,
+                self.width,
+                self.height,
+                self.rgb.len()
+            ))
+        })?;
+        let sides = u32::try_from(self.width).ok().zip(u32::try_from(self.height).ok());
+        let (width, height) = sides.ok_or_else(|| Error::limit_exceeded("a PNG file's sides are 32-bit numbers"))?;
+        let mut encoded = Vec::new();
+        PngEncoder::new(&mut encoded)
+            .write_image(picture, width, height, ExtendedColorType::Rgb8)
+            .map_err(|error| Error::new(Status::Io, format!("{}: encoding", path.display())).caused_by(error))?;
+        let io = |error| Error::io(path.display(), error);
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let name = path.file_name().ok_or_else(|| Error::invalid_argument(format!("{path:?} names no file")))?;
+        let temporary = folder.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
+        let written = fs::write(&temporary, &encoded).and_then(|()| fs::rename(&temporary, path));
+        written.map_err(|error| {
+            // The first error is what matters.
+            let _ = fs::remove_file(&temporary);
+            io(error)
+        })
+    }
+
     /// Planes `[count, 3, height, width]` with values in `[-1, 1]`.
     ///
     /// # Errors
@@ -88,6 +132,11 @@ pub(super) struct Vae {
 }
 
 impl Vae {
+    /// The session that runs it.
+    pub(super) fn session(&self) -> &Session {
+        &self.session
+    }
+
     /// Opens `folder/model.onnx`; the figures are in `folder/config.json`, or in `vae/config.json` of the pipeline.
     pub(super) fn open(
         runtime: &Runtime,
