@@ -15,24 +15,24 @@
  *     int main(void) {
  *       macula_runtime *runtime = NULL;
  *       macula_pipeline *pipeline = NULL;
- *       macula_concept *teddy = NULL;
+ *       macula_concept *ram = NULL;
  *       macula_images *images = NULL;
  *       macula_draw_options options = MACULA_DRAW_OPTIONS_INIT;
- *       options.prompt = "a photo of a <s1> teddy bear on a beach";
+ *       options.prompt = "a <s3> animal on a blue background";
  *       options.seed = 7;
  *       macula_status status = macula_runtime_create(NULL, &runtime);
- *       if (!status) status = macula_pipeline_open(runtime, "models/toy", NULL, &pipeline);
- *       if (!status) status = macula_concept_load("teddy.safetensors", &teddy);
+ *       if (!status) status = macula_pipeline_open(runtime, "models/emoji/onnx", NULL, &pipeline);
+ *       if (!status) status = macula_concept_load("ram.safetensors", &ram);
  *       if (!status) {
  *         macula_term term = MACULA_TERM_INIT;
- *         term.subject = teddy;
+ *         term.subject = ram;
  *         status = macula_compose(pipeline, &term, 1);
  *       }
  *       if (!status) status = macula_pipeline_draw(pipeline, &options, &images);
- *       if (!status) status = macula_images_write_png(images, 0, "teddy.png");
+ *       if (!status) status = macula_images_write_png(images, 0, "ram.png");
  *       if (status) fprintf(stderr, "%s\n", macula_last_error());
  *       macula_images_free(images);
- *       macula_concept_free(teddy);
+ *       macula_concept_free(ram);
  *       macula_pipeline_free(pipeline);
  *       macula_runtime_free(runtime);
  *       return status;

@@ -38,6 +38,11 @@ impl FileIdentity {
     }
 }
 
+/// Fills `target` with the bytes of a file from `offset` on, wherever the file stands.
+pub(crate) fn read_exact_at(file: &File, target: &mut [u8], offset: u64) -> io::Result<()> {
+    file.read_exact_at(target, offset)
+}
+
 /// Nanoseconds since 1970 of the last change to a file's contents, names or rights. Programs can't set it.
 pub(crate) fn change_time(metadata: &std::fs::Metadata) -> i128 {
     i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec())

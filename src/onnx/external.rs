@@ -8,7 +8,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -82,7 +81,7 @@ impl ExternalFile {
 
     fn read_exact_at(&self, target: &mut [u8], offset: u64) -> Result<()> {
         let file = self.open()?;
-        match file.read_exact_at(target, offset) {
+        match os::read_exact_at(&file, target, offset) {
             Ok(()) => self.check_unchanged(&file),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 self.check_unchanged(&file)?;

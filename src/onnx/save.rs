@@ -5,7 +5,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
 use prost::Message;
@@ -215,7 +214,7 @@ impl Model {
         while done < *length {
             piece.resize(PIECE.min(length - done) as usize, 0);
             let failed = |error| Error::io(format_args!("reading external data {:?}", source.location()), error);
-            reader.read_exact_at(&mut piece, offset + done).map_err(failed)?;
+            os::read_exact_at(&reader, &mut piece, offset + done).map_err(failed)?;
             file.write_all(&piece)?;
             done += piece.len() as u64;
         }
