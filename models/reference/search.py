@@ -1,0 +1,113 @@
+"""Searches for concept neurons: which scales to set to zero so that a loss falls.
+
+A loss is any function of scales s [N] and a generator; s = 1 is the untouched network. The derivative
+dL/ds_i at s = 1 equals theta_i dL/dtheta_i, the first-order saliency: where it is positive, shrinking
+weight i lowers the loss. From Cones: `algorithm_1` with threshold. With rho = 0 it is `saliency`, the mean
+one-shot score. Ours: the budget, `gradual` and `learnt_mask`. This file knows no network.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Found:
+    """A set: `shut` boolean [N], the loss of each batch, and how alike two halves of the draws scored."""
+
+    shut: torch.Tensor
+    losses: list = field(default_factory=list)
+    agreement: float = float("nan")
+
+
+def gradient(loss, scales, generator):
+    """dL/ds at `scales` for one batch, float32 [N], and the loss."""
+    scales = scales.detach().requires_grad_(True)
+    value = loss(scales, generator)
+    (slope,) = torch.autograd.grad(value, scales)
+    if not torch.isfinite(slope).all():
+        raise FloatingPointError(f"the loss is {value.item()} and its gradient is not finite")
+    return slope, value.item()
+
+
+def algorithm_1(loss, count, steps, generator, rho=0.0):
+    """Algorithm 1 of Cones: the mean of a_k = theta_k g_k along theta_{k+1} = theta_k (1 - rho a_k).
+
+    In scales, theta_k = s_k theta_0 and a_k = s_k dL/ds_k. Scores are summed in float64. Returns the mean
+    score [N] (the paper's sum divided by the steps, so that a threshold does not depend on them), the
+    losses, and the correlation of the scores of even and odd steps.
+    """
+    scales = torch.ones(count, dtype=torch.float64 if rho else torch.float32)
+    halves, losses = torch.zeros((2, count), dtype=torch.float64), []
+    for k in range(steps):
+        slope, value = gradient(loss, scales, generator)
+        score = scales * slope
+        halves[k % 2] += score
+        losses.append(value)
+        if rho:
+            scales = scales * (1 - rho * score)
+    agreement = torch.corrcoef(halves)[0, 1].item() if steps > 1 else float("nan")
+    return halves.sum(0) / steps, losses, agreement
+
+
+def saliency(loss, count, batches, generator):
+    """The mean of theta * g over draws: Algorithm 1 with rho = 0."""
+    return algorithm_1(loss, count, batches, generator)
+
+
+def shut_by_threshold(scores, tau):
+    """Weights whose mean score reaches tau (1.5 of the paper's rule: kept iff score < tau)."""
+    return scores >= tau
+
+
+def shut_by_budget(scores, budget):
+    """The `budget` weights of the largest score, fewer where fewer are positive."""
+    best = scores.topk(min(budget, len(scores))).indices
+    shut = torch.zeros(len(scores), dtype=torch.bool)
+    shut[best[scores[best] > 0]] = True
+    return shut
+
+
+def gradual(loss, count, budget, generator, stages=6, batches=8):
+    """Shuts in stages of geometrically growing size and scores the open weights anew between them."""
+    shut, losses = torch.zeros(count, dtype=torch.bool), []
+    for stage in range(1, stages + 1):
+        goal = round(budget ** (stage / stages))
+        scores = torch.zeros(count, dtype=torch.float64)
+        for _ in range(batches):
+            slope, value = gradient(loss, 1 - shut.float(), generator)
+            scores += slope
+            losses.append(value)
+        scores[shut] = -torch.inf
+        shut |= shut_by_budget(scores, goal - int(shut.sum()))
+    return Found(shut, losses)
+
+
+def learnt_mask(loss, count, batches, generator, rate=0.04, betas=(0.9, 0.99), penalty=0.0, budget=None, grow=0.5):
+    """A scale per weight, learnt by Adam; a weight is shut while its scale is below one half.
+
+    The loss sees the binary mask and its gradient is passed straight through to the scales, which start at
+    one and are kept in [0, 1]. `penalty` is the price of a shut weight, added to the loss as
+    penalty * sum(1 - s). With a `budget`, the shut weights are at most that many: those of the lowest
+    scale, and among equal scales of the largest running mean of dL/ds. The budget grows in
+    geometric steps over the first `grow` part of the batches.
+    """
+    scales = torch.ones(count)
+    mean, square, total = torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.float64)
+    shut, losses = torch.zeros(count, dtype=torch.bool), []
+    for k in range(1, batches + 1):
+        slope, value = gradient(loss, 1 - shut.float(), generator)
+        losses.append(value)
+        total += slope
+        slope = slope - penalty
+        mean.lerp_(slope, 1 - betas[0])
+        square.lerp_(slope * slope, 1 - betas[1])
+        step = (mean / (1 - betas[0] ** k)) / ((square / (1 - betas[1] ** k)).sqrt() + 1e-12)
+        scales = (scales - rate * step).clamp(0, 1)
+        shut = scales < 0.5
+        if budget is not None:
+            allowed = round(budget ** min(1.0, k / max(1, grow * batches)))
+            if int(shut.sum()) > allowed:
+                gain = total / total.abs().max().clamp(min=1e-30)
+                shut = shut_by_budget(torch.where(shut, 2.0 - scales.double() + 0.4 * gain, 0.0), allowed)
+    return Found(shut, losses)
