@@ -56,7 +56,7 @@ def predict(model, draws):
     """v for several draws in one batch, split again by draw. The scales must already act."""
     joined = Pictures.joined([d.pictures for d in draws])
     state = torch.cat([d.state for d in draws]).contiguous(memory_format=torch.channels_last)
-    labels = torch.full((len(state),), net.PLAIN)
+    labels = torch.full((len(state),), net.PLAIN if state.shape[2] > 32 else net.PLAIN_SMALL)
     v = model.unet(state, torch.cat([d.timestep for d in draws]), joined.text, labels)
     return v.split([len(d) for d in draws])
 

@@ -90,19 +90,24 @@ class Pictures:
     x0: torch.Tensor
     ids: torch.Tensor
     text: torch.Tensor
+    captions: tuple
 
     @classmethod
     @torch.no_grad()
     def of(cls, model, x0, captions):
         ids = token_ids(captions)
-        return cls(x0, ids, model.text_encoder(ids))
+        return cls(x0, ids, model.text_encoder(ids), tuple(captions))
 
     def __len__(self):
         return len(self.x0)
 
     def __getitem__(self, which):
-        return Pictures(self.x0[which], self.ids[which], self.text[which])
+        """The pictures numbered by an index tensor or picked by a boolean one."""
+        which = torch.arange(len(self))[which]
+        return Pictures(self.x0[which], self.ids[which], self.text[which], tuple(self.captions[i] for i in which))
 
     @classmethod
     def joined(cls, parts):
-        return cls(*(torch.cat(values) for values in zip(*((p.x0, p.ids, p.text) for p in parts))))
+        """Several sets of pictures as one."""
+        tensors = (torch.cat([getattr(p, name) for p in parts]) for name in ("x0", "ids", "text"))
+        return cls(*tensors, sum((p.captions for p in parts), ()))

@@ -13,11 +13,12 @@ import torch
 
 @dataclass
 class Found:
-    """A set: `shut` boolean [N], the loss of each batch, and how alike two halves of the draws scored."""
+    """A set: `shut` boolean [N], the loss of each batch, how alike two halves of the draws scored, the scores."""
 
     shut: torch.Tensor
     losses: list = field(default_factory=list)
     agreement: float = float("nan")
+    scores: torch.Tensor | None = None
 
 
 def gradient(loss, scales, generator):

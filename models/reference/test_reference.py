@@ -32,8 +32,10 @@ def tiny(dtype=torch.float32, seed=0):
     unet = net.PixelUNet(**TINY)
     unet.set_attn_processor(net.DirectAttention())
     unet = unet.to(dtype).eval().requires_grad_(False)
-    ids = token_ids(["a <s1> animal", "a <s1> animal and an animal", "an animal", "a tiger on a blue background"])
-    pictures = Pictures(torch.randn(4, 3, 16, 16, dtype=dtype).clamp(-1, 1), ids, torch.randn(4, ids.shape[1], 12, dtype=dtype))
+    captions = ("a <s1> animal", "a <s1> animal and an animal", "an animal", "a tiger on a blue background")
+    ids = token_ids(captions)
+    x0 = torch.randn(4, 3, 16, 16, dtype=dtype).clamp(-1, 1)
+    pictures = Pictures(x0, ids, torch.randn(4, ids.shape[1], 12, dtype=dtype), captions)
     return SimpleNamespace(unet=unet), KeyValueWeights(unet), pictures
 
 
