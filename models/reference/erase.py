@@ -82,16 +82,24 @@ def test_scenes(model, art, word, seed=5, count=52):
     return [Pictures.of(model, picture_tensor(np.stack(p)), c) for p, c in (zip(*with_word), zip(*without))]
 
 
+def renamed(model, pictures, word, anchor):
+    """The same pictures with the anchor's caption in place of the word's."""
+    captions = [c.replace(words.with_article(word), words.with_article(anchor)) for c in pictures.captions]
+    return Pictures.of(model, pictures.x0, captions)
+
+
 @torch.no_grad()
-def anchor_distances(model, weights, pictures, word, anchor, sets, seed=1, batch=26):
-    """Per-picture squared distance between the prediction for the word and the untouched one for the anchor."""
+def distances(model, weights, pictures, wished, sets, draws, seed=1, batch=26):
+    """Squared distance of each draw between the prediction for `pictures` and the untouched one for `wished`.
+
+    Both hold the same pictures, with different captions or the same. Returns float64 [draws] per named set.
+    """
     generator = torch.Generator().manual_seed(seed)
-    neutral_captions = [words.with_article(anchor).join(c.split(words.with_article(word))) for c in pictures.captions]
-    neutral = Pictures.of(model, pictures.x0, neutral_captions)
     distances = {name: [] for name in sets}
-    for which in torch.arange(len(pictures)).split(batch):
+    for first in range(0, draws, batch):
+        which = torch.arange(first, min(first + batch, draws)) % len(pictures)
         drawn = Draw.of(pictures, which, generator)
-        (target,) = predict(model, [Draw(drawn.state, drawn.timestep, drawn.v, neutral[which])])
+        (target,) = predict(model, [Draw(drawn.state, drawn.timestep, drawn.v, wished[which])])
         for name, parts in sets.items():
             with weights.acting(*((scales, scope.rows(drawn.pictures.ids)) for scales, scope in parts)):
                 (said,) = predict(model, [drawn])
@@ -104,10 +112,19 @@ def judge(model, weights, found, scope, word, anchor, art, draws):
     sets = controls(weights, found, scope)
     with_word, without = test_scenes(model, art, word)
     lines = [f"distance to the prediction for {anchor!r}"]
-    lines += report(anchor_distances(model, weights, with_word, word, anchor, sets))
+    lines += report(distances(model, weights, with_word, renamed(model, with_word, word, anchor), sets, draws))
     lines += [f"loss of scenes with {word!r}"] + report(held_out_losses(model, weights, with_word, sets, draws))
     lines += [f"loss of scenes without {word!r}"] + report(held_out_losses(model, weights, without, sets, draws))
     return lines
+
+
+def judge_drawn(model, weights, found, scope, word, anchor, draws):
+    """The figures on pictures that the model draws itself, other ones than the search saw."""
+    sets = controls(weights, found, scope)
+    concept, neutral, preserve = material(model, weights, word, anchor, seed=1000)
+    lines = [f"distance to the prediction for {anchor!r}"] + report(distances(model, weights, concept, neutral, sets, draws))
+    moved = distances(model, weights, preserve, preserve, {"the set": sets["the set"]}, draws)["the set"]
+    return lines + [f"squared change of the predictions for other captions: {moved.mean().item():.2e}"]
 
 
 def main():

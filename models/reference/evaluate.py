@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 
 from losses import Draw, predict
-from model import data, token_ids, train
+from model import data, sampling, token_ids
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def draw(model, weights, captions, parts=(), seed=0, steps=20, guidance=3.0):
     ids, empty = token_ids(captions), token_ids([""])
     both = torch.cat([ids, empty.expand(len(ids), -1)])
     with weights.acting(*((scales, scope.rows(both)) for scales, scope in parts)) if parts else nullcontext():
-        return train.sample(model, ids, empty, steps=steps, guidance=guidance, seed=seed)
+        return sampling.plain(model, ids, empty, steps=steps, guidance=guidance, seed=seed)
 
 
 def save_sheet(rows, path):

@@ -10,9 +10,12 @@ and another subject's set, on the same pictures, time steps and noises.
 """
 
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from discover import (
     add_options,
@@ -29,20 +32,25 @@ from discover import (
 )
 from evaluate import draw, held_out_losses, report, save_sheet
 from losses import ImplantingLoss, Scope
-from model import Pictures, data, picture_tensor, read_picture, words
+from model import SUBJECT_PICTURES, Pictures, picture_tensor, read_picture, words
 from neurons import random_like
 
 SHEET_COLOURS = ("blue", "white", "green", "pink", "yellow", "gray")
 
 
-def subject(name, word, model, art):
-    """Learning and test pictures of a named subject under its captions, and its class noun."""
-    noun = words.SUBJECTS[name][2]
-    halves = []
-    for half in data.subject_pictures(name, art):
-        captions = [on_background(f"{word} {noun}", colour, pattern) for _, colour, pattern in half]
-        halves.append(Pictures.of(model, picture_tensor([picture for picture, *_ in half]), captions))
-    return *halves, noun
+def subject(name, word, model):
+    """Learning and test pictures of a subject in `models/emoji/subjects` under its captions, and its class noun."""
+    listed = json.loads((SUBJECT_PICTURES / "subjects.json").read_text())[name]
+    noun = listed["class_noun"]
+    learn = [read_picture(SUBJECT_PICTURES / name / f"{i}.png") for i in range(1, len(listed["learn_colours"]) + 1)]
+    with Image.open(SUBJECT_PICTURES / name / "test.png") as row:
+        test = np.split(np.asarray(row.convert("RGB")), len(listed["test_colours"]), axis=1)
+    halves = (learn, listed["learn_colours"]), (test, listed["test_colours"])
+    found = [
+        Pictures.of(model, picture_tensor(pictures), [on_background(f"{word} {noun}", colour) for colour in colours])
+        for pictures, colours in halves
+    ]
+    return *found, noun
 
 
 def folder(path, word, noun, model):
@@ -117,7 +125,7 @@ def main():
     options = parser.parse_args()
     model, weights = open_model(options)
     if options.subject in words.SUBJECTS:
-        learn, test, noun = subject(options.subject, options.word, model, data.Art(options.work))
+        learn, test, noun = subject(options.subject, options.word, model)
     else:
         if not options.noun:
             parser.error("a folder needs --noun")

@@ -19,10 +19,12 @@ if str(EMOJI) not in sys.path:
 import data  # noqa: E402
 import export  # noqa: E402
 import network as net  # noqa: E402
+import sampling  # noqa: E402
 import train  # noqa: E402
 import vocabulary as words  # noqa: E402
 
 SHIPPED = export.FOLDER
+SUBJECT_PICTURES = EMOJI / "subjects"
 
 
 def load(path=SHIPPED):
@@ -31,15 +33,16 @@ def load(path=SHIPPED):
     Matrices of a checkpoint are rounded to fp16 as the export rounds them, so both give the same model.
     """
     path = Path(path)
-    model = train.Model()
     if path.is_file():
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=False)["average"])
+        model = train.averaged_model(torch.load(path, map_location="cpu", weights_only=False))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.numel() != max(parameter.shape):
                     parameter.copy_(parameter.half().float())
-    elif export.load_shipped_weights(model, path) is None:
-        raise FileNotFoundError(f"{path} is neither a checkpoint nor an exported model (it has no training.json)")
+    else:
+        model = train.Model()
+        if export.load_shipped_weights(model, path) is None:
+            raise FileNotFoundError(f"{path} is neither a checkpoint nor an exported model (it has no training.json)")
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
