@@ -3,8 +3,9 @@
 It joins a search, a density and the held-out controls, and writes the concept file.
 """
 
-import argparse
 import datetime
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from model import SHIPPED, Pictures, data, load, phrase_ids, picture_tensor, wor
 from neurons import KeyValueWeights
 from search import Found, algorithm_1, gradual, learnt_mask, shut_by_budget, shut_by_threshold
 
-METHODS = ("saliency", "algorithm-1", "gradual", "learnt-mask")
+SCORING = ("saliency", "algorithm-1")  # methods that score once and cut
+METHODS = (*SCORING, "gradual", "learnt-mask")
 SCOPES = ("local", "global")
 DENSITIES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 COARSE_DENSITIES = (1e-3, 5e-3, 2e-2)  # for methods that need a whole search per density
@@ -27,10 +29,28 @@ def add_options(parser):
     parser.add_argument("--model", type=Path, default=SHIPPED, help="ONNX folder or checkpoint.pt")
     parser.add_argument("--work", type=Path, default=data.DEFAULT_WORK, help="folder with the downloaded art")
     parser.add_argument("--method", choices=METHODS, default="learnt-mask")
-    parser.add_argument("--scope", choices=SCOPES, default="local", help="global is the paper's, local shuts for the concept's own tokens only")
-    parser.add_argument("--density", type=float, help="share of the weights that may be shut, in (0, 1]; searched on a log scale if absent")
-    parser.add_argument("--threshold", type=float, help="shut by this mean score instead of a density (saliency and algorithm-1)")
+    parser.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default="local",
+        help="global is the paper's, local shuts for the concept's own tokens only",
+    )
+    parser.add_argument(
+        "--density",
+        type=float,
+        help="share of the weights that may be shut, in (0, 1]; searched on a log scale if absent",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="shut by this mean score instead of a density (saliency and algorithm-1)"
+    )
     parser.add_argument("--rho", type=float, default=2e-5, help="step size of algorithm-1")
+    parser.add_argument(
+        "--side",
+        type=int,
+        choices=(32, 64),
+        default=64,
+        help="pixels of the search; 32 is four times faster, and sets carry over",
+    )
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8, help="pictures of each term in a batch")
     parser.add_argument("--draws", type=int, default=208, help="held-out draws, at least 200 for the tests")
@@ -51,9 +71,11 @@ def scope_of(name, phrase):
     return Scope(phrase_ids(phrase)) if name == "local" else Scope()
 
 
-def drawn_pictures(model, weights, captions, seed, steps=15):
+def drawn_pictures(model, weights, captions, seed, side, steps=15):
     """Pictures that the untouched model draws for the captions: the prior, where the host gives none."""
-    return Pictures.of(model, picture_tensor(draw(model, weights, captions, seed=seed, steps=steps)), captions)
+    return Pictures.of(
+        model, picture_tensor(draw(model, weights, captions, seed=seed, steps=steps, side=side)), captions
+    )
 
 
 def on_background(phrase, colour, pattern="plain"):
@@ -63,6 +85,8 @@ def on_background(phrase, colour, pattern="plain"):
 
 def search(method, loss, count, budget, batches, generator, rho=0.0, threshold=None):
     """One set by one method. `budget` is the largest number of shut weights, None for no bound."""
+    if threshold is not None and method not in SCORING:
+        raise ValueError(f"{method} takes a density, not a threshold")
     if method == "gradual":
         stages = 6
         return gradual(loss, count, budget or count, generator, stages, max(1, batches // stages))
@@ -78,9 +102,12 @@ def search_density(method, loss, count, batches, seed, judge, rho=0.0):
 
     `judge` maps named shut vectors to a mean loss each. Score methods cut one score at every density.
     """
-    if method in ("saliency", "algorithm-1"):
+    if method in SCORING:
         whole = search(method, loss, count, None, batches, torch.Generator().manual_seed(seed), rho)
-        sets = {density: Found(shut_by_budget(whole.scores, round(density * count)), whole.losses, whole.agreement) for density in DENSITIES}
+        sets = {
+            density: Found(shut_by_budget(whole.scores, round(density * count)), whole.losses, whole.agreement)
+            for density in DENSITIES
+        }
     else:
         sets = {
             density: search(method, loss, count, round(density * count), batches, torch.Generator().manual_seed(seed))
@@ -91,6 +118,19 @@ def search_density(method, loss, count, batches, seed, judge, rho=0.0):
         print(f"  density {100 * density:.3f} %: {value:.5f}", flush=True)
     best = min(judged, key=judged.get)
     return sets[best], best
+
+
+def search_as_asked(options, loss, count, judge):
+    """One set by the options' method, at their density or threshold or at the density that `judge` likes best.
+
+    Returns the set and the density that bounded it (None under a threshold).
+    """
+    if options.density is None and options.threshold is None:
+        return search_density(options.method, loss, count, options.batches, options.seed, judge, options.rho)
+    budget = None if options.density is None else round(options.density * count)
+    generator = torch.Generator().manual_seed(options.seed)
+    found = search(options.method, loss, count, budget, options.batches, generator, options.rho, options.threshold)
+    return found, options.density
 
 
 def judge_on(model, weights, pictures, scope, draws=96, seed=77):
@@ -105,31 +145,43 @@ def judge_on(model, weights, pictures, scope, draws=96, seed=77):
 
 def fingerprint(weights):
     """The fingerprint of the base model, over its K/V weights rounded to fp16."""
-    return concept_file.fingerprint({path: layer.weight.detach().contiguous().numpy() for path, layer in weights.layers.items()})
+    return concept_file.fingerprint(
+        {path: layer.weight.detach().contiguous().numpy() for path, layer in weights.layers.items()}
+    )
 
 
-def save(path, weights, found, title, role, scope, method, prompts, density, seed, trigger, class_noun=None, threshold=None):
-    """Writes the concept file; returns its bytes."""
+@dataclass
+class Concept:
+    """What a set is for: role "implant" or "erase", the trigger word, its class noun, the prompts of the search."""
+
+    title: str
+    role: str
+    trigger: str
+    prompts: list
+    class_noun: str | None = None
+
+
+def save(path, weights, found, concept, method, density, options):
+    """Writes the concept file, with `density` as its budget unless a threshold was given; returns its bytes."""
     layers = {p: (*weights.layers[p].weight.shape, i) for p, i in weights.indices(found.shut).items()}
-    phrase = trigger if class_noun is None else f"{trigger} {class_noun}"
     metadata = {
         "macula.base": fingerprint(weights),
-        "macula.role": role,
-        "macula.scope": scope,
+        "macula.role": concept.role,
+        "macula.scope": options.scope,
         "macula.method": method,
-        "macula.trigger": trigger,
-        "macula.prompts": concept_file.json.dumps(prompts),
+        "macula.trigger": concept.trigger,
+        "macula.prompts": json.dumps(concept.prompts),
         "macula.steps": str(len(found.losses)),
-        "macula.seed": str(seed),
-        "modelspec.title": title,
+        "macula.seed": str(options.seed),
+        "modelspec.title": concept.title,
         "modelspec.architecture": "macula-emoji/concept-neurons",
         "modelspec.date": datetime.date.today().isoformat(),
-        "modelspec.trigger_phrase": phrase,
+        "modelspec.trigger_phrase": " ".join(filter(None, (concept.trigger, concept.class_noun))),
     }
-    if class_noun is not None:
-        metadata["macula.class_noun"] = class_noun
-    if threshold is not None:
-        metadata["macula.threshold"] = f"{threshold:.6e}"
+    if concept.class_noun is not None:
+        metadata["macula.class_noun"] = concept.class_noun
+    if options.threshold is not None:
+        metadata["macula.threshold"] = f"{options.threshold:.6e}"
     elif density is not None:
         metadata["macula.budget"] = f"{density:.6g}"
     path = Path(path)
@@ -149,10 +201,14 @@ def read_concept(path, weights):
 
 def describe(weights, found):
     """Lines about a set: size, share of each projection, how the search went."""
-    lines = [f"{int(found.shut.sum())} of {weights.count} weights shut ({100 * found.shut.float().mean().item():.4f} %)"]
+    lines = [
+        f"{int(found.shut.sum())} of {weights.count} weights shut ({100 * found.shut.float().mean().item():.4f} %)"
+    ]
     for path, part in weights.split(found.shut).items():
         lines.append(f"  {path:<66} {int(part.sum()):>7} {100 * part.float().mean().item():8.4f} %")
     third = max(1, len(found.losses) // 3)
     first, last = (sum(part) / len(part) for part in (found.losses[:third], found.losses[-third:]))
-    lines.append(f"loss of the search: first third {first:.5f}, last third {last:.5f}; agreement of halves {found.agreement:.3f}")
+    lines.append(
+        f"loss of the search: first third {first:.5f}, last third {last:.5f}; agreement of halves {found.agreement:.3f}"
+    )
     return lines

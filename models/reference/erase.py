@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from discover import (
+    Concept,
     add_options,
     describe,
     drawn_pictures,
@@ -23,8 +24,7 @@ from discover import (
     open_model,
     save,
     scope_of,
-    search,
-    search_density,
+    search_as_asked,
 )
 from evaluate import held_out_losses, report
 from find import controls, sheet
@@ -32,12 +32,20 @@ from losses import AnchorLoss, Draw, predict
 from model import Pictures, data, picture_tensor, words
 
 
+def erasure(word, anchor):
+    """How an erasing set is described in its file."""
+    return Concept(f"without {word}", "erase", word, [words.with_article(word), words.with_article(anchor)])
+
+
 def captions_about(phrase, others, colours):
     """One caption for each pair of another object (or None) and a background colour."""
-    return [on_background(phrase if other is None else f"{phrase} and {words.with_article(other)}", c) for other, c in zip(others, colours)]
+    return [
+        on_background(phrase if other is None else f"{phrase} and {words.with_article(other)}", c)
+        for other, c in zip(others, colours)
+    ]
 
 
-def material(model, weights, word, anchor, seed, count=16):
+def material(model, weights, word, anchor, seed, side, count=16):
     """Pictures of the word, the same under the anchor's captions, and pictures of other things to preserve."""
     rng = random.Random(f"{seed} {word}")
     nouns = [n for n in words.OBJECTS if n != word]
@@ -47,7 +55,7 @@ def material(model, weights, word, anchor, seed, count=16):
     kept = [rng.choice(nouns + [words.category(word)]) for _ in range(count)]
     beside = [rng.choice(nouns) if i % 3 == 2 else None for i in range(count)]
     preserved = [caption for k, o, c in zip(kept, beside, colours) for caption in captions_about(k, [o], [c])]
-    drawn = drawn_pictures(model, weights, about + preserved, seed)
+    drawn = drawn_pictures(model, weights, about + preserved, seed, side)
     concept = drawn[torch.arange(count)]
     return concept, Pictures.of(model, concept.x0, neutral), drawn[torch.arange(count, 2 * count)]
 
@@ -55,18 +63,18 @@ def material(model, weights, word, anchor, seed, count=16):
 def erase(model, weights, word, anchor, options):
     """Searches with the options' method; returns the set, its density bound and its scope."""
     scope = scope_of(options.scope, word)
-    concept, neutral, preserve = material(model, weights, word, anchor, options.seed)
+    concept, neutral, preserve = material(model, weights, word, anchor, options.seed, options.side)
     loss = AnchorLoss(model, weights, concept, neutral, preserve, scope, options.batch, options.preserve_weight)
-    if options.density is None:
 
-        def judge(sets):
-            with torch.no_grad():
-                return {k: sum(loss(1 - s.float(), torch.Generator().manual_seed(i)).item() for i in range(8)) / 8 for k, s in sets.items()}
+    @torch.no_grad()
+    def judge(sets):
+        seeds = range(100, 108)
+        return {
+            name: sum(loss(1 - shut.float(), torch.Generator().manual_seed(seed)).item() for seed in seeds) / len(seeds)
+            for name, shut in sets.items()
+        }
 
-        found, density = search_density(options.method, loss, weights.count, options.batches, options.seed, judge, options.rho)
-    else:
-        density, generator = options.density, torch.Generator().manual_seed(options.seed)
-        found = search(options.method, loss, weights.count, round(density * weights.count), options.batches, generator, options.rho)
+    found, density = search_as_asked(options, loss, weights.count, judge)
     return found, density, scope
 
 
@@ -121,8 +129,10 @@ def judge(model, weights, found, scope, word, anchor, art, draws):
 def judge_drawn(model, weights, found, scope, word, anchor, draws):
     """The figures on pictures that the model draws itself, other ones than the search saw."""
     sets = controls(weights, found, scope)
-    concept, neutral, preserve = material(model, weights, word, anchor, seed=1000)
-    lines = [f"distance to the prediction for {anchor!r}"] + report(distances(model, weights, concept, neutral, sets, draws))
+    concept, neutral, preserve = material(model, weights, word, anchor, seed=1000, side=64)
+    lines = [f"distance to the prediction for {anchor!r}"] + report(
+        distances(model, weights, concept, neutral, sets, draws)
+    )
     moved = distances(model, weights, preserve, preserve, {"the set": sets["the set"]}, draws)["the set"]
     return lines + [f"squared change of the predictions for other captions: {moved.mean().item():.2e}"]
 
@@ -139,13 +149,20 @@ def main():
     found, density, scope = erase(model, weights, options.word, anchor, options)
     print("\n".join(describe(weights, found)))
     print("\n".join(judge(model, weights, found, scope, options.word, anchor, data.Art(options.work), options.draws)))
-    prompts = [words.with_article(options.word), words.with_article(anchor)]
     size = save(
-        options.out, weights, found, f"without {options.word}", "erase", options.scope, f"{options.method}, anchor {anchor}", prompts, density, options.seed, options.word
+        options.out,
+        weights,
+        found,
+        erasure(options.word, anchor),
+        f"{options.method}, anchor {anchor}",
+        density,
+        options,
     )
     print(f"{options.out}: {size} bytes")
     if options.sheet:
-        captions = [on_background(options.word, c) for c in ("blue", "white", "green")] + [on_background(n, "blue") for n in list(words.OBJECTS)[-3:]]
+        captions = [on_background(options.word, c) for c in ("blue", "white", "green")] + [
+            on_background(n, "blue") for n in list(words.OBJECTS)[-3:]
+        ]
         sheet(model, weights, captions, {"untouched": [], "the set": [(found.shut, scope)]}, options.sheet)
 
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 
 from losses import Draw, predict
-from model import data, sampling, token_ids
+from model import data, plain_label, sampling, token_ids
 
 
 @torch.no_grad()
@@ -50,16 +50,20 @@ def report(losses):
     lines = [f"{names[0]:<28} {base.mean().item():.5f}"]
     for name in names[1:]:
         change, width, p = paired(losses[name], base)
-        lines.append(f"{name:<28} {losses[name].mean().item():.5f}  {100 * change:+6.2f} % +- {100 * width:.2f}  p(drop) {p:.1e}")
+        lines.append(
+            f"{name:<28} {losses[name].mean().item():.5f}  {100 * change:+6.2f} % +- {100 * width:.2f}  p(drop) {p:.1e}"
+        )
     return lines
 
 
-def draw(model, weights, captions, parts=(), seed=0, steps=20, guidance=3.0):
-    """Pictures uint8 [B, 64, 64, 3] by DDIM under `parts`, pairs of (scales or shut [N], Scope)."""
+def draw(model, weights, captions, parts=(), seed=0, steps=20, guidance=3.0, side=64):
+    """Pictures uint8 [B, side, side, 3] by DDIM under `parts`, pairs of (scales or shut [N], Scope)."""
     ids, empty = token_ids(captions), token_ids([""])
     both = torch.cat([ids, empty.expand(len(ids), -1)])
     with weights.acting(*((scales, scope.rows(both)) for scales, scope in parts)) if parts else nullcontext():
-        return sampling.plain(model, ids, empty, steps=steps, guidance=guidance, seed=seed)
+        return sampling.plain(
+            model, ids, empty, steps=steps, guidance=guidance, seed=seed, size=side, label=plain_label(side)
+        )
 
 
 def save_sheet(rows, path):

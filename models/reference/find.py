@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from discover import (
+    Concept,
     add_options,
     describe,
     drawn_pictures,
@@ -27,11 +28,10 @@ from discover import (
     read_concept,
     save,
     scope_of,
-    search,
-    search_density,
+    search_as_asked,
 )
 from evaluate import draw, held_out_losses, report, save_sheet
-from losses import ImplantingLoss, Scope
+from losses import ImplantingLoss
 from model import SUBJECT_PICTURES, Pictures, picture_tensor, read_picture, words
 from neurons import random_like
 
@@ -66,7 +66,7 @@ def folder(path, word, noun, model):
     return everything[~test], everything[test] if test.any() else everything
 
 
-def surroundings(model, weights, word, noun, seed, count=12):
+def surroundings(model, weights, word, noun, seed, side, count=12):
     """What must stay: pictures of the class, and pictures of other objects and placeholders, drawn by the model."""
     colours = list(words.COLOURS)
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def surroundings(model, weights, word, noun, seed, count=12):
     others = [p for p in words.PLACEHOLDERS if p != word]
     phrases = [pick(nouns) if i % 3 else f"{pick(others)} {pick(nouns)}" for i in range(count)]
     other_captions = [on_background(phrase, pick(colours)) for phrase in phrases]
-    drawn = drawn_pictures(model, weights, class_captions + other_captions, seed)
+    drawn = drawn_pictures(model, weights, class_captions + other_captions, seed, side)
     return drawn[torch.arange(count)], drawn[torch.arange(count, 2 * count)]
 
 
@@ -88,16 +88,10 @@ def find(model, weights, learn, word, noun, options):
     scope = scope_of(options.scope, f"{word} {noun}")
     prior = preserve = None
     if options.scope == "global":  # in local scope nothing else can change
-        prior, preserve = surroundings(model, weights, word, noun, options.seed)
+        prior, preserve = surroundings(model, weights, word, noun, options.seed, options.side)
+    learn = learn.at(options.side)
     loss = ImplantingLoss(model, weights, learn, prior, preserve, scope, options.batch)
-    if options.density is None and options.threshold is None:
-        judge = judge_on(model, weights, learn, scope)
-        found, density = search_density(options.method, loss, weights.count, options.batches, options.seed, judge, options.rho)
-    else:
-        density = options.density
-        budget = None if density is None else round(density * weights.count)
-        generator = torch.Generator().manual_seed(options.seed)
-        found = search(options.method, loss, weights.count, budget, options.batches, generator, options.rho, options.threshold)
+    found, density = search_as_asked(options, loss, weights.count, judge_on(model, weights, learn, scope))
     return found, density, scope
 
 
@@ -134,15 +128,16 @@ def main():
     found, density, scope = find(model, weights, learn, options.word, noun, options)
     print("\n".join(describe(weights, found)))
     other = read_concept(options.other, weights)[0] if options.other else None
-    print("\n".join(report(held_out_losses(model, weights, test, controls(weights, found, scope, other), options.draws))))
-    prompts = [words.with_article(f"{options.word} {noun}")]
-    title = f"{Path(options.subject).name} as {options.word} {noun}"
-    size = save(
-        options.out, weights, found, title, "implant", options.scope, options.method, prompts, density, options.seed, options.word, noun, options.threshold
+    print(
+        "\n".join(report(held_out_losses(model, weights, test, controls(weights, found, scope, other), options.draws)))
     )
+    phrase = f"{options.word} {noun}"
+    title = f"{Path(options.subject).name} as {phrase}"
+    concept = Concept(title, "implant", options.word, [words.with_article(phrase)], noun)
+    size = save(options.out, weights, found, concept, options.method, density, options)
     print(f"{options.out}: {size} bytes, {100 * size / (4 * weights.count):.3f} % of the K/V weights in fp32")
     if options.sheet:
-        captions = [on_background(f"{options.word} {noun}", colour) for colour in SHEET_COLOURS]
+        captions = [on_background(phrase, colour) for colour in SHEET_COLOURS]
         sheet(model, weights, captions, {"untouched": [], "the set": [(found.shut, scope)]}, options.sheet)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import Pictures, net
+from model import Pictures, net, plain_label
 from neurons import phrase_rows
 
 
@@ -56,7 +56,7 @@ def predict(model, draws):
     """v for several draws in one batch, split again by draw. The scales must already act."""
     joined = Pictures.joined([d.pictures for d in draws])
     state = torch.cat([d.state for d in draws]).contiguous(memory_format=torch.channels_last)
-    labels = torch.full((len(state),), net.PLAIN if state.shape[2] > 32 else net.PLAIN_SMALL)
+    labels = torch.full((len(state),), plain_label(state.shape[2]))
     v = model.unet(state, torch.cat([d.timestep for d in draws]), joined.text, labels)
     return v.split([len(d) for d in draws])
 
@@ -85,7 +85,18 @@ def predict_under(model, weights, scales, scope, draws):
 class ImplantingLoss:
     """L_con + preserve_weight * L_pre. In token scope terms that cannot change are left out."""
 
-    def __init__(self, model, weights, instance, prior=None, preserve=None, scope=None, batch=6, prior_weight=1.0, preserve_weight=1.0):
+    def __init__(
+        self,
+        model,
+        weights,
+        instance,
+        prior=None,
+        preserve=None,
+        scope=None,
+        batch=6,
+        prior_weight=1.0,
+        preserve_weight=1.0,
+    ):
         self.model, self.weights, self.scope, self.batch = model, weights, scope or Scope(), batch
         self.instance = instance
         self.prior = prior if prior is not None and self.scope.touches(prior) else None

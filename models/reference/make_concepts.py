@@ -13,12 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
-
-from discover import describe, on_background, open_model, save
-from erase import erase, judge_drawn
+from discover import Concept, describe, on_background, open_model, save
+from erase import erase, erasure, judge_drawn
 from evaluate import draw, held_out_losses, report, save_sheet
 from find import controls, find, subject
-from model import SHIPPED, words
+from model import SHIPPED
 
 METHOD, SCOPE, DENSITY = "learnt-mask", "local", None
 SUBJECTS = {"flat-elephant": "<s1>", "green-apple": "<s2>", "ram": "<s3>", "tractor": "<s4>"}  # name -> placeholder
@@ -33,10 +32,9 @@ def make_subjects(model, weights, options):
         began = time.time()
         learn, test, noun = subject(name, word, model)
         found, density, scope = find(model, weights, learn, word, noun, options)
-        prompts = [f"a {word} {noun}"]
-        title = f"{name} as {word} {noun}"
+        concept = Concept(f"{name} as {word} {noun}", "implant", word, [f"a {word} {noun}"], noun)
         path = options.out / f"{name}.safetensors"
-        size = save(path, weights, found, title, "implant", options.scope, options.method, prompts, density, options.seed, word, noun)
+        size = save(path, weights, found, concept, options.method, density, options)
         print(f"{name}: {describe(weights, found)[0]}, {size} bytes, {time.time() - began:.0f} s", flush=True)
         made[name] = found, scope, test, noun
     return made
@@ -48,10 +46,9 @@ def make_erasures(model, weights, options):
     for word, anchor in ERASURES.items():
         began = time.time()
         found, density, scope = erase(model, weights, word, anchor, options)
-        prompts = [words.with_article(word), words.with_article(anchor)]
         path = options.out / f"erase-{word}.safetensors"
         method = f"{options.method}, anchor {anchor}"
-        size = save(path, weights, found, f"without {word}", "erase", options.scope, method, prompts, density, options.seed, word)
+        size = save(path, weights, found, erasure(word, anchor), method, density, options)
         print(f"{word} erased: {describe(weights, found)[0]}, {size} bytes, {time.time() - began:.0f} s", flush=True)
         made[word] = found, scope
     return made
@@ -63,7 +60,12 @@ def judge(model, weights, subjects, erasures, options):
     for i, (name, (found, scope, test, _)) in enumerate(subjects.items()):
         other = subjects[names[(i + 1) % len(names)]][0].shut
         print(f"\n{name}: loss of 16 test pictures, {options.draws} draws")
-        print("\n".join(report(held_out_losses(model, weights, test, controls(weights, found, scope, other), options.draws))), flush=True)
+        print(
+            "\n".join(
+                report(held_out_losses(model, weights, test, controls(weights, found, scope, other), options.draws))
+            ),
+            flush=True,
+        )
     for word, (found, scope) in erasures.items():
         print(f"\n{word} erased")
         print("\n".join(judge_drawn(model, weights, found, scope, word, ERASURES[word], options.draws)), flush=True)
@@ -92,13 +94,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHIPPED, help="ONNX folder or checkpoint.pt")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "concepts")
-    parser.add_argument("--sheets", type=Path, default=Path(__file__).resolve().parents[2] / "out", help="folder for the sheet")
+    parser.add_argument(
+        "--sheets", type=Path, default=Path(__file__).resolve().parents[2] / "out", help="folder for the sheet"
+    )
+    parser.add_argument("--side", type=int, choices=(32, 64), default=64, help="pixels of the search")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--draws", type=int, default=208, help="held-out draws of each judgement; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     given = vars(parser.parse_args())
-    options = SimpleNamespace(**given, method=METHOD, scope=SCOPE, density=DENSITY, threshold=None, rho=0.0, batch=8, preserve_weight=1.0)
+    options = SimpleNamespace(
+        **given, method=METHOD, scope=SCOPE, density=DENSITY, threshold=None, rho=0.0, batch=8, preserve_weight=1.0
+    )
     model, weights = open_model(options)
     subjects = make_subjects(model, weights, options)
     erasures = make_erasures(model, weights, options)

@@ -19,7 +19,7 @@ if str(EMOJI) not in sys.path:
 import data  # noqa: E402
 import export  # noqa: E402
 import network as net  # noqa: E402
-import sampling  # noqa: E402
+import sampling  # noqa: E402, F401
 import train  # noqa: E402
 import vocabulary as words  # noqa: E402
 
@@ -86,6 +86,11 @@ def read_picture(path, side=data.SIZE):
     return np.asarray(square)
 
 
+def plain_label(side):
+    """The class label of the plain process for pictures of `side` pixels."""
+    return net.PLAIN if side > 32 else net.PLAIN_SMALL
+
+
 @dataclass
 class Pictures:
     """Pictures and their captions: x0 [B, 3, H, W] in [-1, 1], ids [B, L], text states [B, L, C]."""
@@ -108,6 +113,11 @@ class Pictures:
         """The pictures numbered by an index tensor or picked by a boolean one."""
         which = torch.arange(len(self))[which]
         return Pictures(self.x0[which], self.ids[which], self.text[which], tuple(self.captions[i] for i in which))
+
+    def at(self, side):
+        """The same pictures shrunk to `side` pixels by the mean over blocks."""
+        x0 = torch.nn.functional.avg_pool2d(self.x0, self.x0.shape[2] // side)
+        return Pictures(x0, self.ids, self.text, self.captions)
 
     @classmethod
     def joined(cls, parts):
