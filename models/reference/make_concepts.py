@@ -19,10 +19,10 @@ from evaluate import draw, held_out_losses, report, save_sheet
 from find import controls, find, subject
 from model import SHIPPED
 
-METHOD, SCOPE, DENSITY = "learnt-mask", "local", None
+METHOD, SCOPE, DENSITY = "learnt-mask", "local", 0.01
 SUBJECTS = {"flat-elephant": "<s1>", "green-apple": "<s2>", "ram": "<s3>", "tractor": "<s4>"}  # name -> placeholder
 ERASURES = {"tiger": "animal", "taxi": "vehicle"}  # word -> anchor
-COLOURS = ("blue", "white", "green", "pink", "yellow", "gray")
+COLOURS = ("blue", "white", "green", "pink")
 
 
 def make_subjects(model, weights, options):
@@ -78,14 +78,14 @@ def draw_sheets(model, weights, subjects, erasures, folder, seed=3):
     rows = []
     for name, word in SUBJECTS.items():
         captions = [on_background(f"{word} {subjects[name][3]}", colour) for colour in COLOURS]
-        rows += [draw(model, weights, captions, chosen, seed) for chosen in ([], [parts[name]])]
+        rows += [draw(model, weights, captions, chosen, seed, steps=15) for chosen in ([], [parts[name]])]
     for word, (found, scope) in erasures.items():
         captions = [on_background(word, colour) for colour in COLOURS]
-        rows += [draw(model, weights, captions, chosen, seed) for chosen in ([], [(found.shut, scope)])]
+        rows += [draw(model, weights, captions, chosen, seed, steps=15) for chosen in ([], [(found.shut, scope)])]
     first, second = list(SUBJECTS)[:2]
     phrase = f"{SUBJECTS[first]} {subjects[first][3]} and a {SUBJECTS[second]} {subjects[second][3]}"
     captions = [on_background(phrase, colour) for colour in COLOURS]
-    rows += [draw(model, weights, captions, chosen, seed) for chosen in ([], [parts[first], parts[second]])]
+    rows += [draw(model, weights, captions, chosen, seed, steps=15) for chosen in ([], [parts[first], parts[second]])]
     save_sheet(rows, folder / "concepts.png")
     print(f"\nwrote {folder / 'concepts.png'}")
 
