@@ -20,7 +20,7 @@ from find import controls, find, subject
 from model import SHIPPED
 
 METHOD, SCOPE, DENSITY = "learnt-mask", "local", 0.01
-SUBJECTS = {"flat-elephant": "<s1>", "green-apple": "<s2>", "ram": "<s3>", "tractor": "<s4>"}  # name -> placeholder
+SUBJECTS = {"green-apple": "<s1>", "octopus": "<s2>", "sunflower": "<s3>", "flat-rocket": "<s4>"}  # name -> placeholder
 ERASURES = {"tiger": "animal", "taxi": "vehicle"}  # word -> anchor
 COLOURS = ("blue", "white", "green", "pink")
 
