@@ -38,9 +38,11 @@ pub struct RuntimeOptions {
     pub log: Option<LogSink>,
 }
 
+type TakeMessage = dyn Fn(log::Level, &str) + Send + Sync;
+
 /// Takes messages of ONNX Runtime, from any thread.
 #[derive(Clone)]
-pub struct LogSink(Arc<dyn Fn(log::Level, &str) + Send + Sync>);
+pub struct LogSink(Arc<TakeMessage>);
 
 impl LogSink {
     /// Calls `sink` for each message of level [`log::Level::Warn`] and above.
@@ -175,7 +177,7 @@ fn candidates(options: &RuntimeOptions) -> Vec<PathBuf> {
 fn search(places: &[PathBuf]) -> Result<Loaded> {
     let mut tried = Vec::new();
     for place in places {
-        let outcome = resolve(place).and_then(|path| open(&path).map_err(|reason| format!("{reason}")));
+        let outcome = resolve(place).and_then(|path| open(&path));
         match outcome {
             Ok(loaded) => return Ok(loaded),
             Err(reason) => tried.push((place.display().to_string(), reason)),

@@ -536,8 +536,7 @@ impl Inner {
             let outcome = call!(api, AllocatorGetStats(allocator, &mut pairs));
             let figures = outcome.map(|()| {
                 let figure = |key: &CStr| text(((*api.0).GetKeyValue)(pairs, key.as_ptr())).parse().ok();
-                let figures = Some((figure(c"InUse")?, figure(c"MaxInUse")?));
-                figures
+                Some((figure(c"InUse")?, figure(c"MaxInUse")?))
             });
             if !pairs.is_null() {
                 ((*api.0).ReleaseKeyValuePairs)(pairs);
