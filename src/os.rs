@@ -73,9 +73,13 @@ impl Directory {
     }
 
     /// Opens a regular file below this directory for reading, following no symbolic link on the way, so that nothing
-    /// that is swapped in meanwhile leads elsewhere. Anything but a regular file is refused without reading from it,
-    /// and opening never blocks.
-    pub(crate) fn open_file(&self, relative: &Path) -> io::Result<File> {
+    /// that is swapped in meanwhile leads elsewhere. Anything but a regular file that `accept` allows is refused without
+    /// opening it, and opening never blocks.
+    pub(crate) fn open_file(
+        &self,
+        relative: &Path,
+        accept: impl Fn(&std::fs::Metadata) -> io::Result<()>,
+    ) -> io::Result<File> {
         let mut names = Vec::new();
         for component in relative.components() {
             match component {
@@ -93,11 +97,12 @@ impl Directory {
         }
         let at = folder.as_ref().unwrap_or(&self.fd).as_raw_fd();
         // Looked at before it is opened: opening a device may already do something.
-        let seen = File::from(open_at(at, file_name, libc::O_PATH | libc::O_NOFOLLOW)?);
-        refuse_unless_regular(&seen.metadata()?)?;
+        let seen = File::from(open_at(at, file_name, libc::O_PATH | libc::O_NOFOLLOW)?).metadata()?;
+        refuse_unless_regular(&seen).and_then(|()| accept(&seen))?;
         let flags = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = File::from(open_at(at, file_name, flags)?);
-        refuse_unless_regular(&file.metadata()?)?;
+        let opened = file.metadata()?;
+        refuse_unless_regular(&opened).and_then(|()| accept(&opened))?;
         Ok(file)
     }
 }

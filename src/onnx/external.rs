@@ -6,7 +6,7 @@
 //! nothing that is swapped in later can be read. Must not know graphs.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,21 +54,27 @@ impl ExternalFile {
     }
 
     pub(super) fn open(&self) -> Result<File> {
-        let file = self.root.open_file(&self.relative).map_err(|error| self.unreadable(error))?;
-        self.check_unchanged(&file)?;
-        Ok(file)
+        let unchanged = |metadata: &Metadata| match FileIdentity::of(metadata) == self.identity {
+            true => Ok(()),
+            false => Err(io::ErrorKind::InvalidData.into()),
+        };
+        self.root.open_file(&self.relative, unchanged).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => self.changed(),
+            _ => self.unreadable(error),
+        })
     }
 
     pub(super) fn check_unchanged(&self, file: &File) -> Result<()> {
         let metadata = file.metadata().map_err(|error| self.unreadable(error))?;
-        if FileIdentity::of(&metadata) == self.identity {
-            return Ok(());
-        }
-        Err(Error::invalid_file(format!(
+        if FileIdentity::of(&metadata) == self.identity { Ok(()) } else { Err(self.changed()) }
+    }
+
+    fn changed(&self) -> Error {
+        Error::invalid_file(format!(
             "external data {:?} ({}) has changed since the model was opened: open the model again",
             self.location,
             self.path().display()
-        )))
+        ))
     }
 
     pub(super) fn is(&self, identity: &FileIdentity) -> bool {
@@ -231,17 +237,19 @@ impl<'l> Roots<'l> {
                 self.roots.iter().map(|root| root.path().display().to_string()).collect::<Vec<_>>().join(", ")
             )));
         };
-        let file = root.open_file(relative).map_err(|error| match error.kind() {
+        // A link of this kind is told by its count only, and before it is opened.
+        let alone = |metadata: &Metadata| match os::hard_links(metadata) {
+            links if links > 1 && !self.limits.hard_links => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("a file with {links} hard links, expected one: copy it, or allow hard links"),
+            )),
+            _ => Ok(()),
+        };
+        let file = root.open_file(relative, alone).map_err(|error| match error.kind() {
             io::ErrorKind::InvalidInput => Error::invalid_file(format!("{location:?} is {error}")),
             _ => Error::io(format_args!("{location:?}"), error),
         })?;
         let metadata = file.metadata().map_err(|error| Error::io(format_args!("{location:?}"), error))?;
-        if !self.limits.hard_links && os::hard_links(&metadata) > 1 {
-            return Err(Error::invalid_file(format!(
-                "{location:?} has {} hard links, expected one: copy the file, or allow hard links",
-                os::hard_links(&metadata)
-            )));
-        }
         Ok(ExternalFile {
             location: location.to_owned(),
             relative: relative.to_owned(),

@@ -33,6 +33,9 @@ pub(super) fn check(header: &ModelProto, graph: &GraphProto, limits: &Limits) ->
 /// Numbers of values with at most this many elements are followed.
 const FOLLOWED: u64 = 4_096;
 
+/// Shapes of at most this many dimensions are followed: no operator of ONNX Runtime takes more.
+const FOLLOWED_RANK: usize = 32;
+
 /// What is known of a value.
 #[derive(Clone)]
 struct Value {
@@ -56,11 +59,14 @@ impl Value {
 
     fn shaped(shape: Vec<u64>, like: &Self) -> Self {
         let elements = product(&shape);
-        Self { shape: Some(shape.into()), numbers: None, elements, ..like.clone() }
+        let shape = (shape.len() <= FOLLOWED_RANK).then(|| shape.into());
+        Self { shape, numbers: None, elements, ..like.clone() }
     }
 
     fn numbered(shape: Vec<u64>, numbers: Vec<f64>, like: &Self) -> Self {
-        Self { numbers: Some(numbers.into()), ..Self::shaped(shape, like) }
+        let shaped = Self::shaped(shape, like);
+        let followed = shaped.shape.is_some() && numbers.len() as u64 <= FOLLOWED;
+        Self { numbers: followed.then(|| numbers.into()), ..shaped }
     }
 
     fn of_tensor(tensor: &TensorProto) -> Self {
@@ -717,8 +723,10 @@ impl<'a> Operator<'_, 'a> {
         for index in 0..self.inputs.len() {
             sum = sum.saturating_add(*self.shape(index)?.get(axis)?);
             match &self.input(index)?.numbers {
-                Some(more) => numbers.iter_mut().for_each(|numbers| numbers.extend_from_slice(more)),
-                None => numbers = None,
+                Some(more) if sum <= FOLLOWED => {
+                    numbers.iter_mut().for_each(|numbers| numbers.extend_from_slice(more));
+                }
+                _ => numbers = None,
             }
         }
         *shape.get_mut(axis)? = sum;

@@ -42,6 +42,20 @@ pub fn fixture(script: &str, arguments: &[&str]) -> PathBuf {
     folder
 }
 
+/// What `tests/python/<script>` writes to standard output.
+pub fn python(script: &str, arguments: &[&str]) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new(required("MACULA_PYTHON", "a Python interpreter with tests/python/requirements.txt"))
+        .arg(root.join("tests/python").join(script))
+        .args(arguments)
+        .env("OMP_NUM_THREADS", "2")
+        .output()
+        .unwrap_or_else(|e| panic!("{script} did not start: {e}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{script} {arguments:?} failed:\n{errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// The ONNX Runtime library that tests run with.
 pub fn onnxruntime() -> PathBuf {
     required("MACULA_ONNXRUNTIME", "the path of libonnxruntime.so")
