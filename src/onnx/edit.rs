@@ -248,6 +248,8 @@ impl Edit {
     }
 
     /// Lets every user of `value`, subgraphs included, take `other` instead. A graph output `value` stays what it was.
+    /// `other` may come later in the edit: to put a part behind a value, redirect its users to the part's output first,
+    /// then add the part, which itself still takes `value`.
     pub fn redirect(&mut self, value: &str, other: &str) {
         for node in &mut self.model.graph.node {
             redirect_node(node, value, other);
@@ -317,11 +319,11 @@ impl Edit {
         part.input.retain(|input| !connected.contains_key(input.name()));
         part.value_info.retain(|info| !connected.contains_key(info.name()));
         rename_graph(&mut part, prefix, &rename);
-        let taken = Names::of(&self.model.graph);
+        let present = Topology::new(&self.model.graph);
         let new_values = part.node.iter().flat_map(|node| &node.output).map(String::as_str);
         let new_values = new_values.chain(part.input.iter().map(|input| input.name()));
         let new_values = new_values.chain(part.initializer.iter().map(|tensor| tensor.name()));
-        if let Some(clash) = new_values.filter(|name| !name.is_empty()).find(|name| taken.contains(name)) {
+        if let Some(clash) = new_values.filter(|name| !name.is_empty()).find(|name| present.origin(name).is_some()) {
             return Err(Error::invalid_argument(format!(
                 "{clash:?} is taken: choose another prefix than {prefix:?} for the names to join in"
             )));
