@@ -406,7 +406,7 @@ def make(fixture, unet, folder):
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.exists():
+            if not (folder / "model.onnx").exists():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -415,7 +415,7 @@ def make(fixture, unet, folder):
 
 def make_all(jobs):
     """Makes the fixtures of one UNet, given with their folders, where these are not there yet."""
-    jobs = [(fixture, folder) for fixture, folder in jobs if not folder.exists()]
+    jobs = [(fixture, folder) for fixture, folder in jobs if not (folder / "model.onnx").exists()]
     unet = jobs[0][0].unet() if jobs else None
     for fixture, folder in jobs:
         make(fixture, fixture.unet() if fixture.to_kv else unet, folder)
@@ -438,20 +438,21 @@ def main():
     for key in arguments.keys:
         if key in FAMILIES:
             fixture = Fixture(key, key, arguments.exporter)
-            wanted.setdefault(fixture.source, []).append((fixture, arguments.out))
+            wanted.setdefault(fixture.source, {})[key] = (fixture, arguments.out)
             continue
         for each in known if key == "all" else [key]:
             if each not in known:
                 parser.error(f"no fixture {each!r}; there are {', '.join(known)}")
-            wanted.setdefault(known[each].source, []).append((known[each], arguments.out / each))
-    for jobs in wanted.values():
+            wanted.setdefault(known[each].source, {})[each] = (known[each], arguments.out / each)
+    wanted = [list(jobs.values()) for jobs in wanted.values()]
+    for jobs in wanted:
         for _, folder in jobs:
             folder.parent.mkdir(parents=True, exist_ok=True)
     if arguments.jobs > 1 and len(wanted) > 1:
         with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
-            pool.map(make_all, sorted(wanted.values(), key=len, reverse=True), chunksize=1)
+            pool.map(make_all, sorted(wanted, key=len, reverse=True), chunksize=1)
     else:
-        for jobs in wanted.values():
+        for jobs in wanted:
             make_all(jobs)
 
 

@@ -91,6 +91,23 @@ impl Carried {
         Self::new(dims, columns)
     }
 
+    /// One of the parts that an axis is split into: of the given sizes, or equal ones, of which the last is smaller if
+    /// they do not fit.
+    fn part(&self, axis: i64, sizes: Option<Vec<i64>>, parts: usize, position: usize) -> Option<Self> {
+        let axis = self.axis(axis)?;
+        let size = self.dims[axis];
+        let sizes: Vec<usize> = match sizes {
+            Some(sizes) => sizes.into_iter().map(|size| usize::try_from(size).ok()).collect::<Option<_>>()?,
+            None => {
+                let part = size.div_ceil(parts.max(1));
+                (0..parts).map(|at| size.saturating_sub(at.saturating_mul(part)).min(part)).collect()
+            }
+        };
+        let begin = sizes.get(..position)?.iter().try_fold(0usize, |sum, &size| sum.checked_add(size))?;
+        let end = begin.checked_add(*sizes.get(position)?).filter(|&end| end <= size)?;
+        self.take(axis, &(begin..end).collect::<Vec<usize>>())
+    }
+
     fn without(mut self, axis: usize) -> Self {
         self.dims.remove(axis);
         self
@@ -239,22 +256,30 @@ impl<'m> Search<'m> {
                 Some(carried)
             }
             "Split" => {
-                let axis = carried.axis(node.attribute_i("axis").unwrap_or(0))?;
-                let size = carried.dims[axis];
-                let sizes: Vec<usize> = match node.attribute_ints("split").map(<[i64]>::to_vec).or_else(|| known(1)) {
-                    Some(sizes) => sizes.into_iter().map(|size| usize::try_from(size).ok()).collect::<Option<_>>()?,
-                    // Equal parts; the last one is smaller if they do not fit.
-                    None => {
-                        let part = size.div_ceil(node.output.len().max(1));
-                        (0..node.output.len())
-                            .map(|at| size.saturating_sub(at.saturating_mul(part)).min(part))
-                            .collect()
+                let listed = node.attribute_ints("split").map(<[i64]>::to_vec).or_else(|| known(1));
+                carried.part(node.attribute_i("axis").unwrap_or(0), listed, node.output.len(), step.output)
+            }
+            // A sequence is carried as what it was split from.
+            "SplitToSequence" if node.input.len() == 2 => Some(carried),
+            "SequenceAt" => {
+                let (_, split) =
+                    self.topology.producer(node.input.first()?).filter(|(_, n)| n.is("SplitToSequence"))?;
+                let sizes = self.integers(split.input.get(1)?, shapes, 0)?.into_iter().collect::<Option<Vec<i64>>>()?;
+                let position = usize::try_from(*known(1)?.first()?).ok()?;
+                let scalar = constant(&self.topology, split.input.get(1)?).is_ok_and(|tensor| tensor.dims.is_empty());
+                let axis = split.attribute_i("axis").unwrap_or(0);
+                let sizes = match sizes[..] {
+                    // One number is the size of every part, of which the last one may be smaller.
+                    [size] if scalar => {
+                        let whole = carried.dims[carried.axis(axis)?];
+                        let size = usize::try_from(size).ok().filter(|&size| size > 0)?;
+                        let parts = whole.div_ceil(size);
+                        (0..parts).map(|at| (whole - at * size).min(size) as i64).collect()
                     }
+                    _ => sizes,
                 };
-                let begin = sizes.get(..step.output)?.iter().try_fold(0usize, |sum, &size| sum.checked_add(size))?;
-                let end = begin.checked_add(*sizes.get(step.output)?).filter(|&end| end <= size)?;
-                let indices: Vec<usize> = (begin..end).collect();
-                carried.take(axis, &indices)
+                let parts = sizes.len();
+                carried.part(axis, Some(sizes), parts, position)
             }
             "Slice" => {
                 let (starts, ends) = (known(1)?, known(2)?);

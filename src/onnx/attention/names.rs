@@ -15,6 +15,7 @@ impl Search<'_> {
         let mut modules: HashMap<usize, String> = HashMap::new();
         for one in found.iter_mut() {
             let own = one.nodes.iter().find_map(|&node| module_of(self.node(node)));
+            let own = own.or_else(|| module_of_constant(&one.projection.weight.name));
             if let Some(path) = own.as_deref().and_then(|path| layer_path(path, one.projection.role)) {
                 if let Some((attention, _)) = path.rsplit_once('.') {
                     modules.insert(one.projection.attention, attention.to_owned());
@@ -47,15 +48,17 @@ impl Search<'_> {
         }
     }
 
-    /// The module of an attention by the names of the layer that its result enters: `to_out.0`.
+    /// The module of an attention by the layer that its result enters, `to_out.0`, or by that layer's constants.
     fn module_after(&self, attention: usize) -> Option<String> {
         let mut open = vec![(self.node(attention).output.first()?.as_str(), 0)];
         while let Some((value, depth)) = open.pop() {
             for (_, node) in self.topology.consumers(value).filter(|_| depth < 12) {
-                if let Some(path) = module_of(node).and_then(|path| attention_path(&path)) {
+                let constants = node.input.iter().filter_map(|input| module_of_constant(input));
+                if let Some(path) = module_of(node).into_iter().chain(constants).find_map(|path| attention_path(&path))
+                {
                     return Some(path);
                 }
-                if is_one_of(node, &TO_ATTENTION) || is_one_of(node, &["MatMul", "Einsum"]) {
+                if is_one_of(node, &TO_ATTENTION) || is_one_of(node, &["MatMul", "Gemm", "Einsum"]) {
                     open.extend(node.output.iter().map(|value| (value.as_str(), depth + 1)));
                 }
             }
@@ -89,6 +92,12 @@ fn module_of(node: &NodeProto) -> Option<String> {
     let (scope, _) = node.name().rsplit_once('/')?;
     let path = scope.split('/').filter(|part| !part.is_empty()).collect::<Vec<_>>().join(".");
     (!path.is_empty()).then(|| normalized(&path))
+}
+
+/// The module that a constant belongs to, if it kept its name: `<module>.weight`.
+fn module_of_constant(name: &str) -> Option<String> {
+    let module = name.strip_suffix(".weight").or_else(|| name.strip_suffix(".bias"))?;
+    Some(normalized(module))
 }
 
 /// A path without what wraps the UNet.

@@ -80,7 +80,7 @@ const QUANTISED: [&str; 15] = [
 ];
 
 /// The operators between a projection's result and its attention.
-pub(super) const TO_ATTENTION: [&str; 20] = [
+pub(super) const TO_ATTENTION: [&str; 22] = [
     "Identity",
     "Cast",
     "Dropout",
@@ -95,6 +95,8 @@ pub(super) const TO_ATTENTION: [&str; 20] = [
     "Div",
     "Slice",
     "Split",
+    "SplitToSequence",
+    "SequenceAt",
     "Gather",
     "Concat",
     "Pad",
