@@ -77,6 +77,7 @@ fn a_process_is_left_as_it_was() {
     let environment: Vec<_> = std::env::vars_os().collect();
     let folder = std::env::current_dir().unwrap();
     let floats = float_state();
+    let threads_before = entries("/proc/self/task");
 
     let printed = silenced(|| {
         let loaded = Runtime::load(&RuntimeOptions::default()).expect("set MACULA_ONNXRUNTIME");
@@ -132,4 +133,5 @@ fn a_process_is_left_as_it_was() {
     let growth = memory_after.saturating_sub(memory);
     assert!(growth < 4 << 20, "1,000 sessions left {growth} bytes");
     assert_eq!((threads_after, files_after), (threads, files));
+    assert_eq!(threads_after, threads_before, "the library keeps a thread");
 }
