@@ -336,3 +336,83 @@ impl NodeProto {
         std::str::from_utf8(self.attribute(name)?.s.as_deref()?).ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::build::{node, tensor_f32, tensor_i64, value};
+    use super::*;
+
+    #[test]
+    fn broken_graphs_are_answered_and_every_walk_ends() {
+        let graph = GraphProto {
+            input: vec![value("x", DataType::Float, None), value("w", DataType::Float, None)],
+            initializer: vec![tensor_f32("w", &[1], &[1.0])],
+            node: vec![
+                node("Add", ["x", "loop"], ["a"]),
+                node("Neg", ["a"], ["loop"]),
+                node("Exp", ["x"], ["a"]),
+                node("Mul", ["a", "a"], ["y", ""]),
+            ],
+            output: vec![value("y", DataType::Float, None)],
+            ..GraphProto::default()
+        };
+        let topology = Topology::new(&graph);
+        assert_eq!(topology.origin("a"), Some(Origin::Node { node: 0, output: 0 }));
+        assert_eq!(topology.origin("w"), Some(Origin::Initializer(0)));
+        assert_eq!(topology.origin(""), None);
+        assert!(topology.constant("w").is_none(), "the default of an input is no constant");
+        let of = |node, input| Use { node, input: Some(input) };
+        assert_eq!(topology.uses("a"), [of(1, 0), of(3, 0), of(3, 1)]);
+        assert_eq!(topology.consumers("a").map(|(index, _)| index).collect::<Vec<_>>(), [1, 3]);
+        assert_eq!(topology.before(["y"], []), [true, true, false, true]);
+        assert_eq!(topology.before(["y"], ["a"]), [false, false, false, true]);
+        assert_eq!(topology.after(["loop"]), [true, true, false, true]);
+        assert!(topology.is_output("y") && !topology.is_output("a"));
+    }
+
+    #[test]
+    fn values_captured_by_subgraphs_are_uses() {
+        let inner = GraphProto {
+            node: vec![node("Add", ["x", "own"], ["z"]), node("Constant", [], ["unused"])],
+            initializer: vec![tensor_f32("own", &[], &[1.0])],
+            output: vec![value("z", DataType::Float, None)],
+            ..GraphProto::default()
+        };
+        let outer = GraphProto {
+            name: Some("outer".into()),
+            node: vec![node("If", ["condition"], ["nested"]).with("then_branch", inner)],
+            output: vec![value("nested", DataType::Float, None)],
+            ..GraphProto::default()
+        };
+        let graph =
+            GraphProto { node: vec![node("If", ["c"], ["y"]).with("then_branch", outer)], ..GraphProto::default() };
+        assert_eq!(captured(&graph.node[0]), ["condition", "x"]);
+        assert_eq!(Topology::new(&graph).uses("x"), [Use { node: 0, input: None }]);
+    }
+
+    #[test]
+    fn element_types_follow_from_operators() {
+        let graph = GraphProto {
+            input: vec![value("x", DataType::Float16, None)],
+            initializer: vec![tensor_i64("shape", &[1], &[1])],
+            node: vec![
+                node("Cast", ["x"], ["c"]).with("to", DataType::Double as i64),
+                node("Shape", ["c"], ["s"]),
+                node("Less", ["c", "c"], ["l"]),
+                node("Where", ["l", "c", "c"], ["w"]),
+                node("ConstantOfShape", ["shape"], ["f"]),
+                node("Reshape", ["x", "shape"], ["r"]),
+                node("Mystery", ["x"], ["m"]).in_domain("elsewhere"),
+            ],
+            ..GraphProto::default()
+        };
+        let types = Topology::new(&graph).element_types();
+        let of = |name: &str| types.get(name).copied();
+        assert_eq!((of("c"), of("s"), of("l")), (Some(DataType::Double), Some(DataType::Int64), Some(DataType::Bool)));
+        assert_eq!(
+            (of("w"), of("f"), of("r")),
+            (Some(DataType::Double), Some(DataType::Float), Some(DataType::Float16))
+        );
+        assert_eq!(of("m"), None);
+    }
+}

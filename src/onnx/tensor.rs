@@ -392,3 +392,89 @@ fn write_typed_fields(proto: &TensorProto, data_type: DataType, out: &mut Vec<u8
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::build;
+    use super::*;
+    use crate::error::Status;
+    use proptest::prelude::*;
+
+    fn data_types() -> impl Strategy<Value = DataType> {
+        (0..=28i32).prop_filter_map("a type", |number| DataType::try_from(number).ok())
+    }
+
+    /// Sizes near every border: small, around 2^31, 2^32 and 2^62, negative.
+    fn dims() -> impl Strategy<Value = Vec<i64>> {
+        let dim =
+            prop_oneof![0..9i64, -2..2i64, Just(1 << 31), Just(1 << 32), Just(i64::MAX), Just(1 << 62), any::<i64>()];
+        prop::collection::vec(dim, 0..6)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+        #[test]
+        fn checked_bytes_is_exact_arithmetic(data_type in data_types(), dims in dims()) {
+            // In 128 bits, with the non-zero sizes multiplied first; more than 2^128 is more than 2^64.
+            let mut elements = Some(1u128);
+            for &dim in dims.iter().filter(|&&dim| dim != 0) {
+                let dim = u128::try_from(dim).ok();
+                elements = elements.zip(dim).and_then(|(elements, dim)| elements.checked_mul(dim));
+            }
+            let elements = elements.filter(|&elements| elements < 1 << 64);
+            let elements = elements.map(|elements| if dims.contains(&0) { 0 } else { elements });
+            prop_assert_eq!(checked_elements(&dims).map(u128::from), elements);
+            let bits = elements.zip(data_type.bits()).map(|(elements, bits)| elements * u128::from(bits));
+            let bytes = bits.filter(|&bits| bits < 1 << 64).map(|bits| bits.div_ceil(8));
+            prop_assert_eq!(checked_bytes(data_type, &dims).map(u128::from), bytes);
+        }
+    }
+
+    #[test]
+    fn floating_types_convert_to_f32_by_their_formats() {
+        // 1.0, -2.0, the smallest subnormal, infinity.
+        let view = |data_type, data: &[u8], count| {
+            let tensor = build::tensor("t", data_type, &[count], data.to_vec());
+            TensorView::new(&tensor, None).unwrap().to_f32().unwrap()
+        };
+        let half = [0x00, 0x3c, 0x00, 0xc0, 0x01, 0x00, 0x00, 0x7c];
+        assert_eq!(view(DataType::Float16, &half, 4), [1.0, -2.0, 2f32.powi(-24), f32::INFINITY]);
+        let brain = [0x80, 0x3f, 0x00, 0xc0, 0x01, 0x00, 0x80, 0x7f];
+        assert_eq!(view(DataType::Bfloat16, &brain, 4), [1.0, -2.0, 2f32.powi(-133), f32::INFINITY]);
+        assert_eq!(view(DataType::Double, &0.1f64.to_le_bytes(), 1), [0.1f32]);
+        let ints = build::tensor("t", DataType::Int8, &[2], vec![0xff, 0x7f]);
+        assert_eq!(TensorView::new(&ints, None).unwrap().to_i64().unwrap(), [-1, 127]);
+        let large = build::tensor("t", DataType::Uint64, &[1], vec![0xff; 8]);
+        assert_eq!(TensorView::new(&large, None).unwrap().to_i64().unwrap_err().status(), Status::InvalidArgument);
+    }
+
+    #[test]
+    fn raw_data_is_shared_and_fields_that_disagree_are_refused() {
+        let tensor = build::tensor_f32("t", &[2], &[1.0, 2.0]);
+        let read = TensorView::new(&tensor, None).unwrap().read().unwrap();
+        assert_eq!(read.as_ptr(), tensor.raw_data.as_ref().unwrap().as_ptr());
+        let mut both = tensor.clone();
+        both.float_data = vec![1.0, 2.0];
+        let mut wrong_field = tensor.clone();
+        wrong_field.raw_data = None;
+        wrong_field.int64_data = vec![1, 2];
+        let mut too_few = tensor.clone();
+        too_few.dims = vec![3];
+        let mut unknown = tensor.clone();
+        unknown.data_type = Some(77);
+        let mut out_of_range = tensor.clone();
+        out_of_range.data_type = Some(DataType::Uint8 as i32);
+        out_of_range.raw_data = None;
+        out_of_range.int32_data = vec![0, 256];
+        for broken in [both, wrong_field, too_few, unknown, out_of_range] {
+            let outcome = TensorView::new(&broken, None).and_then(|view| view.read());
+            assert_eq!(outcome.unwrap_err().status(), Status::InvalidFile, "{broken:?}");
+        }
+        let mut typed = tensor.clone();
+        typed.raw_data = None;
+        typed.float_data = vec![1.0, 2.0];
+        assert_eq!(TensorView::new(&typed, None).unwrap().read().unwrap(), read);
+        gather_raw(&mut typed).unwrap();
+        assert_eq!(typed, tensor);
+    }
+}
