@@ -176,6 +176,48 @@ fn drawing_composing_and_denoising_work_from_c() {
     bench.run(&bench.compile("draw"), &[&model(), bench.folder(), &broken]);
 }
 
+/// The bytes of a value without padding.
+fn bytes_of<T>(value: &T) -> Vec<u8> {
+    // SAFETY: the option structs are repr(C) and laid out without padding, so that every byte is set.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }.to_vec()
+}
+
+/// NULL options stand for the library's defaults, which must be those of the macros.
+#[test]
+fn the_init_macros_are_the_defaults_of_the_library() {
+    use macula::capi::{concept, denoise, draw, pipeline, runtime, session};
+    let defaults = [
+        ("macula_runtime_options", bytes_of(&runtime::macula_runtime_options::default())),
+        ("macula_session_options", bytes_of(&session::macula_session_options::default())),
+        ("macula_concept_options", bytes_of(&concept::macula_concept_options::default())),
+        ("macula_pipeline_options", bytes_of(&pipeline::macula_pipeline_options::default())),
+        ("macula_draw_options", bytes_of(&draw::macula_draw_options::default())),
+        ("macula_denoise_inputs", bytes_of(&denoise::macula_denoise_inputs::default())),
+    ];
+    let structs = header::items().into_iter().filter(|item| item.code.contains("_INIT {"));
+    let options = structs.filter(|item| !item.code.contains("_INFO_INIT") && item.code.contains("sizeof"));
+    assert_eq!(options.count(), defaults.len(), "an option struct is not compared here");
+    let bench = Bench::new();
+    let mut source = String::from("#include <macula.h>\n#include <stdio.h>\nint main(int argc, char **argv) {\n");
+    source += "  FILE *file = argc == 2 ? fopen(argv[1], \"wb\") : NULL;\n  if (!file) return 1;\n";
+    for (name, _) in &defaults {
+        writeln!(source, "  {{ {name} x = {}_INIT; fwrite(&x, sizeof x, 1, file); }}", name.to_uppercase()).unwrap();
+    }
+    source += "  return fclose(file);\n}\n";
+    let path = bench.folder().join("defaults.c");
+    std::fs::write(&path, source).unwrap();
+    let written = bench.folder().join("defaults.bin");
+    bench.run(&bench.compile_file(&path, &[]), &[&written]);
+    let written = std::fs::read(written).unwrap();
+    let mut rest = written.as_slice();
+    for (name, bytes) in &defaults {
+        assert!(rest.len() >= bytes.len(), "{name} is shorter in C");
+        assert_eq!(&rest[..bytes.len()], bytes.as_slice(), "{name}_INIT is not the library's default");
+        rest = &rest[bytes.len()..];
+    }
+    assert!(rest.is_empty());
+}
+
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {

@@ -1,6 +1,6 @@
 /*
- * Draws with concept neurons: the untouched model, concept A, concept B, both composed, and a third concept ablated, one
- * row each, four seeds side by side, on one labelled sheet.
+ * Draws with concept neurons: the untouched model, concept A, concept B, both composed, and a third subject untouched and
+ * ablated, one row each, four seeds side by side, on one labelled sheet.
  *
  *   compose MODEL A.safetensors B.safetensors ERASE.safetensors OUT.png [options]
  *     --scene TEXT    ends every prompt         (" on a blue background")
@@ -22,7 +22,7 @@
 
 #include "sheet.h"
 
-enum { ROWS = 5, SEEDS = 4, CELL = 192 };
+enum { ROWS = 6, SEEDS = 4, CELL = 192 };
 
 static volatile sig_atomic_t interrupted;
 
@@ -123,7 +123,7 @@ static macula_status plan_rows(const command *asked, macula_concept *const *subj
     return status;
   }
   memset(rows, 0, ROWS * sizeof *rows);
-  snprintf(rows[0].label, sizeof rows[0].label, "base");
+  snprintf(rows[0].label, sizeof rows[0].label, "base: %.25s and %.25s", a, b);
   snprintf(rows[0].prompt, sizeof rows[0].prompt, "%s and %s%s", a, b, asked->scene);
   snprintf(rows[1].label, sizeof rows[1].label, "A: %.50s", a);
   snprintf(rows[1].prompt, sizeof rows[1].prompt, "%s%s", a, asked->scene);
@@ -138,11 +138,13 @@ static macula_status plan_rows(const command *asked, macula_concept *const *subj
   rows[3].terms[0] = rows[1].terms[0];
   rows[3].terms[1] = rows[2].terms[0];
   rows[3].term_count = 2;
-  snprintf(rows[4].label, sizeof rows[4].label, "%.40s ablated", erased);
+  snprintf(rows[4].label, sizeof rows[4].label, "base: %.50s", erased);
   snprintf(rows[4].prompt, sizeof rows[4].prompt, "%s%s", erased, asked->scene);
-  rows[4].terms[0] = term_of(subjects[2], asked->scope);
-  rows[4].term_count = 1;
-  rows[4].ablates = 1;
+  rows[5] = rows[4];
+  snprintf(rows[5].label, sizeof rows[5].label, "%.40s ablated", erased);
+  rows[5].terms[0] = term_of(subjects[2], asked->scope);
+  rows[5].term_count = 1;
+  rows[5].ablates = 1;
   return MACULA_STATUS_OK;
 }
 
