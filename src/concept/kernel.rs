@@ -300,14 +300,14 @@ pub(super) fn turn(sums: &[f32], lanes: usize, first_lane: usize, turned: &mut [
     }
 }
 
-/// Asks for a stretch of memory that is needed soon: rows lie too far apart for the machine to foresee them.
+/// Asks for up to [`TILE`] numbers that are needed soon: rows lie too far apart for the machine to foresee them.
 #[inline(always)]
 pub(super) fn prefetch<T>(numbers: &[T]) {
     #[cfg(target_arch = "x86_64")]
-    {
+    for end in [numbers.first(), numbers.get(TILE - 1).or(numbers.last())].into_iter().flatten() {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: x86-64 has SSE; a prefetch touches no memory that the program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(numbers.as_ptr().cast()) };
+        // SAFETY: x86-64 has SSE; a prefetch changes nothing that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(end).cast()) };
     }
 }
 
