@@ -127,13 +127,18 @@ def export_unet(unet, folder, sdxl):
 
 
 def export_vae(vae, folder):
-    class Decode(torch.nn.Module):
-        def forward(self, latent_sample):
-            return vae.decode(latent_sample, return_dict=False)[0]
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = vae
 
-    class Encode(torch.nn.Module):
+    class Decode(Half):
+        def forward(self, latent_sample):
+            return self.vae.decode(latent_sample, return_dict=False)[0]
+
+    class Encode(Half):
         def forward(self, sample):
-            return vae.encode(sample, return_dict=False)[0].parameters
+            return self.vae.encode(sample, return_dict=False)[0].parameters
 
     latent = vae.config.latent_channels
     spatial = {0: "batch", 2: "height", 3: "width"}

@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 
 /// The folder that `tests/python/<script>` made with `arguments` (the folder comes last on its command line).
 ///
-/// Made once and kept under `target/fixtures`, named by a hash of every Python file there and the arguments. Two tests
-/// that need the same folder may both make it; the first to finish wins.
+/// Made once and kept under `target/fixtures`, named by a hash of the script and the arguments. Tests that need the same
+/// folder wait for the one that makes it, in this process or another.
 pub fn fixture(script: &str, arguments: &[&str]) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let scripts = root.join("tests/python");
@@ -23,6 +23,11 @@ pub fn fixture(script: &str, arguments: &[&str]) -> PathBuf {
         return folder;
     }
     std::fs::create_dir_all(root.join("target/fixtures")).unwrap();
+    let lock = std::fs::File::create(folder.with_extension("lock")).unwrap();
+    lock.lock().unwrap();
+    if folder.exists() {
+        return folder;
+    }
     let building = tempfile::Builder::new().prefix(stem).tempdir_in(root.join("target/fixtures")).unwrap();
     let output = Command::new(required("MACULA_PYTHON", "a Python interpreter with tests/python/requirements.txt"))
         .arg(scripts.join(script))
@@ -33,12 +38,7 @@ pub fn fixture(script: &str, arguments: &[&str]) -> PathBuf {
         .unwrap_or_else(|e| panic!("{script} did not start: {e}"));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{script} {arguments:?} failed:\n{errors}");
-    let made = building.keep();
-    if std::fs::rename(&made, &folder).is_err() {
-        // Another test was faster.
-        assert!(folder.exists(), "{} could not be moved into place", made.display());
-        std::fs::remove_dir_all(made).unwrap();
-    }
+    std::fs::rename(building.keep(), &folder).unwrap();
     folder
 }
 

@@ -1,0 +1,154 @@
+"""Small random-weight UNets, exported to ONNX, with predictions and walks made by PyTorch, for `tests/diffusion_unet.rs`.
+
+usage: unets.py KIND FOLDER     KIND: text, half, static or unconditional
+
+FOLDER/model/model.onnx is the export. FOLDER/cases.json and FOLDER/values.f32 hold: `predictions` (inputs and outputs), one of them
+with the K and V weights of `sets` (per module path: out, in and flat indices) set to zero in the PyTorch model, and for `text`
+25-step `walks` with every one of the six samplers, with the noise that each step adds given.
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from schedulers import MODULES
+
+
+class Values:
+    def __init__(self):
+        self.values, self.offset = [], 0
+
+    def put(self, tensor):
+        array = np.ascontiguousarray(torch.as_tensor(tensor).float().numpy(), dtype="<f4")
+        at = self.offset
+        self.values.append(array.ravel())
+        self.offset += array.size
+        return {"offset": at, "shape": list(array.shape)}
+
+
+def conditional(classes=True):
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        cross_attention_dim=48, attention_head_dim=4, norm_num_groups=16, num_class_embeds=5 if classes else None,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+class Signature(torch.nn.Module):
+    def __init__(self, unet, classes):
+        super().__init__()
+        self.unet, self.classes = unet, classes
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, class_labels=None):
+        if encoder_hidden_states is None:
+            return self.unet(sample, timestep, return_dict=False)[0]
+        labels = class_labels if self.classes else None
+        return self.unet(sample, timestep, encoder_hidden_states, class_labels=labels, return_dict=False)[0]
+
+
+def export(module, inputs, names, dynamic, folder, config):
+    folder.mkdir(parents=True)
+    torch.onnx.export(
+        module, inputs, str(folder / "model.onnx"), input_names=names, output_names=["out_sample"], dynamic_axes=dynamic,
+        opset_version=17, dynamo=False,
+    )
+    (folder / "config.json").write_text(json.dumps(dict(config), default=str))
+
+
+def random_sets(unet, rng):
+    sets = {}
+    for name, parameter in sorted(unet.named_parameters()):
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            chosen = np.flatnonzero(rng.random(parameter.numel()) < 0.05)
+            sets[name.removesuffix(".weight")] = [*parameter.shape, chosen.tolist()]
+    return sets
+
+
+def walk(unet, name, values, context, rng):
+    fields = {"timestep_spacing": "trailing", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    module = importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    scheduler = getattr(module, name)(**fields)
+    scheduler.set_timesteps(25)
+    shape = (2, 4, 8, 8)
+    noises = torch.from_numpy(rng.standard_normal((26, *shape)).astype(np.float32))
+    sample, step, states = noises[25] * scheduler.init_noise_sigma, 0, []
+    module.randn_tensor = lambda shape, **_: noises[step]
+    labels = torch.tensor([1, 3])
+    options = {"eta": 0.5} if name == "DDIMScheduler" else {}
+    for step, t in enumerate(scheduler.timesteps):
+        prediction = unet(scheduler.scale_model_input(sample, t), t, context, class_labels=labels, return_dict=False)[0]
+        sample = scheduler.step(prediction, t, sample, return_dict=False, **options)[0]
+        states.append(sample.clone())
+    return {"config": {"_class_name": name, **fields}, "eta": options.get("eta", 0.0), "noises": values.put(noises),
+            "states": values.put(torch.stack(states))}
+
+
+def main(kind, folder):
+    torch.manual_seed(3)
+    torch.set_num_threads(2)
+    folder, rng, values = pathlib.Path(folder), np.random.default_rng(4), Values()
+    cases = {"predictions": []}
+
+    def predict(module, what, sample, timestep, context=None, labels=None):
+        inputs = [x for x in (sample, timestep, context, labels) if x is not None]
+        case = {"what": what, "sample": values.put(sample), "timestep": float(timestep.reshape(-1)[0]),
+                "output": values.put(module(*inputs))}
+        if context is not None:
+            case["context"] = values.put(context)
+        if labels is not None:
+            case["labels"] = labels.tolist()
+        cases["predictions"].append(case)
+
+    with torch.no_grad():
+        if kind == "unconditional":
+            unet = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1,
+                               norm_num_groups=16, attention_head_dim=8,
+                               down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                               up_block_types=("AttnUpBlock2D", "UpBlock2D")).eval()
+            module = Signature(unet, False)
+            export(module, (torch.randn(1, 3, 8, 8), torch.tensor([3])), ["sample", "timestep"],
+                   {"sample": {0: "batch", 2: "height", 3: "width"}}, folder / "model", unet.config)
+            predict(module, "plain", torch.randn(2, 3, 8, 8), torch.tensor([41]))
+        elif kind == "static":
+            unet = conditional(classes=False)
+            module = Signature(unet, False)
+            inputs = (torch.randn(1, 4, 8, 8), torch.tensor(5.0), torch.randn(1, 77, 48))
+            export(module, inputs, ["sample", "timestep", "encoder_hidden_states"], {}, folder / "model", unet.config)
+            predict(module, "plain", torch.randn(1, 4, 8, 8), torch.tensor(123.25), torch.randn(1, 77, 48))
+        else:
+            unet = conditional()
+            module = Signature(unet, True)
+            batch = {0: "batch"}
+            dynamic = {"sample": {0: "batch", 2: "height", 3: "width"}, "timestep": batch, "class_labels": batch,
+                       "encoder_hidden_states": {0: "batch", 1: "sequence"}}
+            sample, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 48)
+            labels, time = torch.tensor([1, 3]), torch.tensor([500, 500])
+            names = ["sample", "timestep", "encoder_hidden_states", "class_labels"]
+            if kind == "half":
+                half = Signature(unet.half(), True)
+                export(half, (sample.half(), time, context.half(), labels), names, dynamic, folder / "model", unet.config)
+                unet.float()
+            else:
+                export(module, (sample, time, context, labels), names, dynamic, folder / "model", unet.config)
+            predict(module, "plain", sample, time, context, labels)
+            predict(module, "other sizes", torch.randn(3, 4, 12, 6), torch.tensor([7, 7, 7]), torch.randn(3, 154, 48),
+                    torch.tensor([0, 4, 2]))
+            if kind == "text":
+                cases["walks"] = [walk(unet, name, values, context, rng) for name in MODULES]
+                cases["context"] = values.put(context)
+                cases["sets"] = random_sets(unet, rng)
+                parameters = dict(unet.named_parameters())
+                for path, (_, _, chosen) in cases["sets"].items():
+                    parameters[path + ".weight"].view(-1)[chosen] = 0.0
+                predict(module, "composed", sample, time, context, labels)
+    np.concatenate(values.values).tofile(folder / "values.f32")
+    (folder / "cases.json").write_text(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
