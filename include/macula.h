@@ -15,24 +15,24 @@
  *     int main(void) {
  *       macula_runtime *runtime = NULL;
  *       macula_pipeline *pipeline = NULL;
- *       macula_concept *ram = NULL;
+ *       macula_concept *apple = NULL;
  *       macula_images *images = NULL;
  *       macula_draw_options options = MACULA_DRAW_OPTIONS_INIT;
- *       options.prompt = "a <s3> animal on a blue background";
+ *       options.prompt = "a <s1> apple on a blue background";
  *       options.seed = 7;
  *       macula_status status = macula_runtime_create(NULL, &runtime);
  *       if (!status) status = macula_pipeline_open(runtime, "models/emoji/onnx", NULL, &pipeline);
- *       if (!status) status = macula_concept_load("ram.safetensors", &ram);
+ *       if (!status) status = macula_concept_load("models/concepts/green-apple.safetensors", &apple);
  *       if (!status) {
  *         macula_term term = MACULA_TERM_INIT;
- *         term.subject = ram;
+ *         term.subject = apple;
  *         status = macula_compose(pipeline, &term, 1);
  *       }
  *       if (!status) status = macula_pipeline_draw(pipeline, &options, &images);
- *       if (!status) status = macula_images_write_png(images, 0, "ram.png");
+ *       if (!status) status = macula_images_write_png(images, 0, "apple.png");
  *       if (status) fprintf(stderr, "%s\n", macula_last_error());
  *       macula_images_free(images);
- *       macula_concept_free(ram);
+ *       macula_concept_free(apple);
  *       macula_pipeline_free(pipeline);
  *       macula_runtime_free(runtime);
  *       return status;

@@ -223,6 +223,13 @@ impl Inputs {
             let tensor = unsafe { reference(pointer, name)?.read(name) }?;
             tensor.into_vec::<f32>().map(Some).map_err(|error| error.at(name))
         };
+        let image = |pointer: *const macula_image, name: &str| -> Result<Option<Images>> {
+            if pointer.is_null() {
+                return Ok(None);
+            }
+            // SAFETY: as promised by the caller.
+            unsafe { reference(pointer, name)?.read(name) }.map(Some)
+        };
         if !options.start_latent.is_null() && !options.start_image.is_null() {
             return Err(Error::invalid_argument("options has both start_latent and start_image"));
         }
@@ -234,13 +241,7 @@ impl Inputs {
                 .map(str::to_owned),
             noise: tensor(options.noise, "options.noise")?,
             start_latent: tensor(options.start_latent, "options.start_latent")?,
-            start_image: match options.start_image.is_null() {
-                true => None,
-                // SAFETY: as promised by the caller.
-                false => {
-                    Some(unsafe { reference(options.start_image, "options.start_image")?.read("options.start_image")? })
-                }
-            },
+            start_image: image(options.start_image, "options.start_image")?,
             sampler: match options.sampler {
                 MACULA_SAMPLER_DEFAULT => None,
                 MACULA_SAMPLER_DDPM => Some(Sampler::Ddpm),

@@ -11,6 +11,10 @@
 //! # Safety
 //! Every function here is `unsafe` to call from Rust: a non-NULL pointer must be valid for what the parameter's text says.
 #![allow(non_camel_case_types, clippy::missing_safety_doc)]
+#![allow(
+    clippy::field_reassign_with_default,
+    reason = "each C field is read, checked and taken over on a line of its own"
+)]
 
 mod argument;
 mod guard;

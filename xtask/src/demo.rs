@@ -17,7 +17,7 @@ pub fn run() -> Result<()> {
     let models = root().join("models");
     let draw = &mut Command::new(program);
     draw.env("MACULA_ONNXRUNTIME", runtime).arg(models.join("emoji/onnx"));
-    for concept in ["ram", "tractor", "erase-tiger"] {
+    for concept in ["green-apple", "octopus", "erase-tiger"] {
         draw.arg(models.join("concepts").join(concept).with_extension("safetensors"));
     }
     draw.arg(&picture);
