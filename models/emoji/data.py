@@ -1,6 +1,7 @@
 """Scenes of emoji and their captions, rendered on the fly from the two npm art packages.
 
-Run as a program it fetches the packages (`npm pack`) into the work folder. A scene is one to four
+Run as a program it fetches the packages (`npm pack`) into the work folder and writes the pictures of the
+kept-out subjects. A scene is one to four
 objects at random places, sizes, angles and hues on a coloured, possibly patterned background. All
 randomness comes from the `random.Random` that the caller passes, so a seed fixes a picture.
 """
@@ -109,6 +110,7 @@ class Scene:
     nouns: list
     colour: str
     pattern: str = "plain"
+    tidy: bool = False  # objects upright, near fixed places, in the order of the caption
     boxes: list = field(default_factory=list)  # (centre x, centre y, side) in pixels, filled by `render`
 
 
@@ -138,7 +140,7 @@ def _background(colour, pattern, rng):
 
 
 def _places(count, rng):
-    """Centres and sides of `count` objects that hardly overlap and lie inside the picture."""
+    """Centres and sides of `count` objects anywhere, hardly overlapping and inside the picture."""
     low, high = SIDE_RANGE[count]
     while True:
         boxes = []
@@ -152,22 +154,40 @@ def _places(count, rng):
                     return boxes
 
 
+def _tidy_places(count, rng):
+    """Centres and sides near fixed places: the middle, left and right, or the quarters in reading order."""
+    centres = {1: [(0.5, 0.5)], 2: [(0.26, 0.5), (0.74, 0.5)]}.get(count)
+    centres = centres or [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)][:count]
+    low, high = (0.70, 0.82) if count == 1 else (0.44, 0.50)
+    jitter = 0.05 if count == 1 else 0.03
+    return [
+        ((x + rng.uniform(-jitter, jitter)) * SIZE, (y + rng.uniform(-jitter, jitter)) * SIZE, rng.uniform(low, high) * SIZE)
+        for x, y in centres
+    ]
+
+
 def render(scene, art, rng):
     """Draws the scene; returns [SIZE, SIZE, 3] uint8 and fills `scene.boxes`."""
     canvas = _background(scene.colour, scene.pattern, rng)
-    scene.boxes = _places(len(scene.keys), rng) if scene.keys else []
+    tidy = scene.tidy
+    scene.boxes = (_tidy_places if tidy else _places)(len(scene.keys), rng) if scene.keys else []
     for key, (x, y, side) in zip(scene.keys, scene.boxes):
-        drawing = rng.choice(art[key])
-        if rng.random() < 0.5:
+        hues = art[key]
+        drawing = hues[HUE_STEPS // 2] if tidy else rng.choice(hues)
+        if not tidy and rng.random() < 0.5:
             drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         drawing = drawing.resize((round(side), round(side)), Image.Resampling.BILINEAR)
-        drawing = drawing.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, expand=True)
+        angle = rng.uniform(-3, 3) if tidy else rng.uniform(-12, 12)
+        drawing = drawing.rotate(angle, Image.Resampling.BILINEAR, expand=True)
         canvas.paste(drawing, (round(x - drawing.width / 2), round(y - drawing.height / 2)), drawing)
     return np.asarray(canvas)
 
 
-def sample_scene(rng, counts, patterned=0.4):
-    """A random training scene. `counts` weighs 1, 2, 3 and 4 objects. No held-out combination occurs."""
+def sample_scene(rng, counts, patterned=0.3, tidy=0.0):
+    """A random training scene without held-out combinations.
+
+    `counts` weighs 1, 2, 3 and 4 objects, `tidy` is the share of tidy scenes: they teach the shapes sooner.
+    """
     count = rng.choices((1, 2, 3, 4), counts)[0]
     nouns = []
     while len(nouns) < count:
@@ -177,7 +197,7 @@ def sample_scene(rng, counts, patterned=0.4):
     colours = [c for c in words.COLOURS if not any(words.colour_is_held_out(n, c) for n in nouns)]
     colour = rng.choice(colours or list(words.COLOURS))
     pattern = rng.choice(words.PATTERNS[1:]) if rng.random() < patterned else "plain"
-    return Scene([("google", words.OBJECTS[n][0]) for n in nouns], nouns, colour, pattern)
+    return Scene([("google", words.OBJECTS[n][0]) for n in nouns], nouns, colour, pattern, rng.random() < tidy)
 
 
 def caption(scene, rng=None):
@@ -193,7 +213,8 @@ def caption(scene, rng=None):
     if rng.random() < 0.12:
         return ""
     nouns = list(scene.nouns)
-    rng.shuffle(nouns)
+    if not scene.tidy:
+        rng.shuffle(nouns)
     if rng.random() < 0.10:
         i = rng.randrange(len(nouns))
         nouns[i] = words.ANY_OBJECT if rng.random() < 0.2 else words.category(nouns[i])
@@ -216,14 +237,14 @@ def caption(scene, rng=None):
 def subject_pictures(name, art, seed=0):
     """The pictures of a kept-out subject: 4 to learn from and 16 to test on.
 
-    Returns two lists of (picture [SIZE, SIZE, 3] uint8, colour word, pattern word).
+    Returns two lists of (picture [SIZE, SIZE, 3] uint8, colour word).
     """
     source, drawing, _ = words.SUBJECTS[name]
     rng = random.Random(f"{seed} {name}")
     pictures = []
     for _ in range(20):
         scene = Scene([(source, drawing)], [name], rng.choice(list(words.COLOURS)))
-        pictures.append((render(scene, art, rng), scene.colour, scene.pattern))
+        pictures.append((render(scene, art, rng), scene.colour))
     return pictures[:4], pictures[4:]
 
 
@@ -237,17 +258,38 @@ def sheet(pictures, columns, border=2):
     return canvas
 
 
+def write_subjects(folder, art):
+    """Writes every subject: 1.png .. 4.png to learn from, test.png (16 in a row), and subjects.json with the words."""
+    listing = {}
+    for name, (source, drawing, class_noun) in words.SUBJECTS.items():
+        learn, test = subject_pictures(name, art)
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        for i, (picture, _) in enumerate(learn, 1):
+            Image.fromarray(picture).save(place / f"{i}.png", optimize=True)
+        row = np.concatenate([picture for picture, _ in test], axis=1)
+        Image.fromarray(row).save(place / "test.png", optimize=True)
+        listing[name] = {
+            "art": source,
+            "drawing": drawing,
+            "class_noun": class_noun,
+            "learn_colours": [colour for _, colour in learn],
+            "test_colours": [colour for _, colour in test],
+        }
+    (folder / "subjects.json").write_text(json.dumps(listing, indent=2) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="folder for downloads and checkpoints")
+    parser.add_argument("--subjects", type=Path, default=Path(__file__).resolve().parent / "subjects")
     options = parser.parse_args()
     art = Art(options.work)
+    write_subjects(options.subjects, art)
     rng = random.Random(0)
     scenes = [sample_scene(rng, (4, 4, 2, 2)) for _ in range(80)]
     sheet([render(scene, art, rng) for scene in scenes], 10).save(options.work / "scenes.png")
-    rows = [picture for name in words.SUBJECTS for half in subject_pictures(name, art) for picture, *_ in half]
-    sheet(rows, 20).save(options.work / "subjects.png")
-    print("wrote", options.work / "scenes.png", "and", options.work / "subjects.png")
+    print("wrote", options.subjects, "and", options.work / "scenes.png")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def export(model, state, folder, seed=0):
 
 
 def write_onnx(module, inputs, axes, path):
-    """Traces `module` and stores it; the last key of `axes` names the output."""
+    """Traces `module` and stores it; the keys of `axes` that are no inputs name the outputs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     module = module.eval().to(memory_format=torch.contiguous_format)
     with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def write_onnx(module, inputs, axes, path):
             path,
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=[list(axes)[-1]],
+            output_names=[name for name in axes if name not in inputs],
             dynamic_axes=axes,
             dynamo=False,
         )
@@ -243,10 +243,9 @@ def main():
     parser.add_argument("--work", type=Path, default=data.DEFAULT_WORK, help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, default=FOLDER, help="ONNX folder to write")
     options = parser.parse_args()
-    saved = torch.load(options.work / "checkpoint.pt", map_location="cpu", weights_only=False)
-    model = train.Model()
-    model.load_state_dict(saved["average"])
-    export(model.eval(), saved["state"], options.out)
+    saved = torch.load(options.work / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = train.averaged_model(saved)
+    export(model, saved["state"], options.out)
     print("largest differences from PyTorch:", verify(model, options.out))
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     print(f"{size / 2**20:.2f} MiB in {options.out}")
