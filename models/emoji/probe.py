@@ -27,6 +27,7 @@ FOLDER = Path(__file__).resolve().parent / "judges"
 NOTHING = "nothing"
 LABELS = tuple(words.OBJECTS) + tuple(words.SUBJECTS) + (NOTHING,)
 FALSE_FINDS = 0.02
+POOL, RENEWED = 3072, 16
 
 
 class StridedJudge(nn.Module):
@@ -136,39 +137,33 @@ def roughen(x, generator):
     return x.clamp(-1, 1)
 
 
-def train_judge(judge, seed, minutes, art, others):
-    """Trains one judge for about `minutes` of wall time."""
+def train_judge(judge, seed, steps, art, others):
+    """Trains one judge for `steps` batches of 64."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    judge = judge.to(memory_format=torch.channels_last)
     nn.init.constant_(judge.head.bias, -3.0)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.02)
-    pool_x, pool_y = batch_of(1024, art, others, rng)
-    began, reported, step = time.time(), time.time(), 0
+    # A pool of scenes, a few of them renewed every step: drawing is dearer than a step of so small a network.
+    pool_x, pool_y = batch_of(POOL, art, others, rng)
+    reported = time.time()
     judge.train()
-    while (progress := (time.time() - began) / (60 * minutes)) < 1:
-        # A growing pool of scenes: drawing is dearer than a step of so small a network.
-        if len(pool_x) < 20000:
-            x, y = batch_of(24, art, others, rng)
-            pool_x, pool_y = torch.cat([pool_x, x]), torch.cat([pool_y, y])
-        else:
-            x, y = batch_of(16, art, others, rng)
-            at = step * 16 % (len(pool_x) - 16)
-            pool_x[at : at + 16], pool_y[at : at + 16] = x, y
-        chosen = torch.randint(len(pool_x), (64,), generator=generator)
+    for step in range(steps):
+        x, y = batch_of(RENEWED, art, others, rng)
+        at = step * RENEWED % POOL
+        pool_x[at : at + RENEWED], pool_y[at : at + RENEWED] = x, y
+        chosen = torch.randint(POOL, (64,), generator=generator)
         x, y = roughen(pool_x[chosen], generator), pool_y[chosen]
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * max(0.01, 1 - progress)
+            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * max(0.01, 1 - step / steps)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = judge.head(judge.features(x.contiguous(memory_format=torch.channels_last)))
+            logits = judge.head(judge.features(x))
         loss = F.binary_cross_entropy_with_logits(logits.float(), y * 0.99 + 0.002)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        step += 1
         if time.time() - reported > 30:
             print(f"  step {step} loss {loss.item():.3f}", flush=True)
             reported = time.time()
-    return judge.eval(), step
+    return judge.eval()
 
 
 @torch.no_grad()
@@ -199,7 +194,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=data.DEFAULT_WORK)
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--minutes", type=float, default=10.0, help="training time of each judge")
+    parser.add_argument("--steps", type=int, default=3000, help="batches of 64 for each judge")
     options = parser.parse_args()
     art = data.Art(options.work)
     seen, unseen = foreign_keys(art)
@@ -208,7 +203,7 @@ def main():
     report = {"labels": list(LABELS)}
     for name, build, seed in (("first", StridedJudge, 11), ("second", ResidualJudge, 22)):
         torch.manual_seed(seed)
-        judge, steps = train_judge(build(), seed, options.minutes, art, seen)
+        judge = train_judge(build(), seed, options.steps, art, seen)
         thresholds = thresholds_of(judge, setting_x, setting_y)
         path = options.out / f"{name}.onnx"
         inputs = {"picture": torch.zeros(2, 3, data.SIZE, data.SIZE)}
@@ -220,7 +215,7 @@ def main():
         report[name] = {
             "architecture": build.__name__,
             "seed": seed,
-            "steps": steps,
+            "steps": options.steps,
             "parameters": sum(w.numel() for w in judge.parameters()),
             "thresholds": {label: round(t, 4) for label, t in zip(LABELS, thresholds.tolist())},
             "on_3000_unseen_scenes": {key: round(value, 4) for key, value in figures.items()},

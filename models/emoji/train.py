@@ -2,7 +2,8 @@
 
 The same command starts, resumes and repeats: it continues from WORK/checkpoint.pt; without one, from the
 weights of the committed ONNX folder (`--fresh` ignores both). SIGTERM stops it cleanly. The curriculum and
-the learning rate follow the hours spent, so `--hours` is the planned total over all runs.
+the learning rate follow the steps done, `--steps` being the planned total over all runs: the rate falls in
+the second half of the plan, so a longer plan raises it again.
 """
 
 import argparse
@@ -196,7 +197,7 @@ def work_on(rank, training, shared_barrier, state, options):
     reported = saved_at = drawn_at = began
     hours_before = state["hours"]
     while not training.stop[1]:
-        progress = state["hours"] / options.hours
+        progress = state["step"] / options.steps
         # Seeded by the step, so a resumed run sees the batches that an unbroken one would have seen.
         rng = random.Random(options.seed * 1_000_003 + state["step"])
         sizes, counts, tidy = plan(progress)
@@ -220,7 +221,7 @@ def work_on(rank, training, shared_barrier, state, options):
         state["pictures"][size] += batch * workers
         state["hours"] = hours_before + (time.time() - began) / 3600
         losses[size].append(loss.mean().item())
-        if rank == 0 and (training.stop[0] or state["hours"] >= options.hours):
+        if rank == 0 and (training.stop[0] or state["step"] >= options.steps):
             training.stop[1] = 1
         barrier.wait()
         if rank:
@@ -242,7 +243,7 @@ def work_on(rank, training, shared_barrier, state, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=data.DEFAULT_WORK, help="downloads and checkpoints")
-    parser.add_argument("--hours", type=float, default=12.0, help="planned hours over all runs")
+    parser.add_argument("--steps", type=int, default=20000, help="planned steps over all runs")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
