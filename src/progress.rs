@@ -109,13 +109,16 @@ pub struct Progress<'a> {
     pub total: u64,
 }
 
+/// What is told of each unit of work; answering [`ControlFlow::Break`] cancels the job.
+pub type Report<'a> = &'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>;
+
 /// How a caller follows a job and stops it.
 #[derive(Default)]
 pub struct Job<'a> {
     /// Stops the job from any thread.
     pub cancel: CancelToken,
-    /// Told of each unit of work; answering [`ControlFlow::Break`] cancels this job (not the token).
-    pub report: Option<&'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>>,
+    /// Told of each unit of work. What it cancels is this job, not the token.
+    pub report: Option<Report<'a>>,
 }
 
 impl Job<'_> {

@@ -604,7 +604,7 @@ mod tests {
         Model::new(graph, &[("", 17)], &Limits::default()).unwrap()
     }
 
-    fn names<'a>(infos: &'a [ValueInfoProto]) -> Vec<&'a str> {
+    fn names(infos: &[ValueInfoProto]) -> Vec<&str> {
         infos.iter().map(|info| info.name()).collect()
     }
 
