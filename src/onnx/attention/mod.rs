@@ -58,7 +58,8 @@ pub struct Weight {
     pub data_type: DataType,
     /// Whether it is stored `[out, in]`, as torch has it; otherwise `[in, out]`, as the product needs it.
     pub out_by_in: bool,
-    /// The number of products in the graph that use it: above 1 the weight is shared by several modules.
+    /// The number of products that use it, or of attentions that use its one product: above 1 several modules share it
+    /// (an exporter may leave one product where equal ones were, and only one of their paths).
     pub users: usize,
 }
 

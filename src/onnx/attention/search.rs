@@ -323,7 +323,7 @@ impl<'m> Search<'m> {
                     name: weight.name.to_owned(),
                     data_type: weight.data_type,
                     out_by_in,
-                    users: self.topology.uses(weight.name).len(),
+                    users: self.topology.uses(weight.name).len().max(attentions.len()),
                 },
                 bias: bias.map(str::to_owned),
                 columns: picked,
