@@ -70,6 +70,9 @@ fn deviation(values: &[f32]) -> f64 {
     (values.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / count).sqrt()
 }
 
+/// Fills in the noise `[B, C, H, W]` that the step of this index adds.
+pub type GivenNoise<'a> = &'a mut (dyn FnMut(usize, &mut [f32]) + 'a);
+
 /// Where noise comes from. Values are standard normal.
 #[derive(Default)]
 pub struct Noise<'a> {
@@ -79,8 +82,8 @@ pub struct Noise<'a> {
     pub first_image: u32,
     /// The start noise `[B, C, H, W]`, if the host gives it.
     pub start: Option<&'a [f32]>,
-    /// Fills in the noise `[B, C, H, W]` that a step adds, if the host gives it; told the step's index.
-    pub step: Option<&'a mut dyn FnMut(usize, &mut [f32])>,
+    /// The noise that steps add, if the host gives it.
+    pub step: Option<GivenNoise<'a>>,
 }
 
 /// What a step did.

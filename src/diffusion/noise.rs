@@ -48,6 +48,35 @@ mod tests {
     }
 
     #[test]
+    fn values_are_those_of_the_definition() {
+        // Computed in Python from RFC 8439's block function with 12 rounds and Python's log, sin and cos.
+        let golden = [
+            0.986243725,
+            -0.16483444,
+            -0.683607399,
+            1.07642925,
+            -0.444531143,
+            -0.65007329,
+            1.25107515,
+            0.0937203392,
+            1.73616326,
+            1.44674933,
+            -0.276415497,
+            0.255517691,
+            1.02363503,
+            -0.039655827,
+            -0.198360637,
+            -0.625404775,
+            0.613418102,
+            0.786761463,
+            0.38874802,
+            0.279751748_f32,
+        ];
+        let drawn = draw(42, 3, 7, golden.len());
+        assert_eq!(drawn, golden);
+    }
+
+    #[test]
     fn a_shorter_draw_is_the_beginning_of_a_longer_one() {
         let long = draw(7, 1, 3, 1001);
         for count in [0, 1, 2, 5, 1000] {

@@ -13,10 +13,10 @@ use serde_json::Value;
 
 use super::folder::Folder;
 use super::precision;
-use crate::concept::{Composition, Fingerprint, Held, KeysValues, Output, ProjectionWeights, Projections, Weights};
+use crate::concept::{Composition, Fingerprint, Held, KeysValues, Output, Projections};
 use crate::error::{Error, Result, Status};
 use crate::onnx::attention::{self, KeyValueInput};
-use crate::onnx::{DataType, Limits, Model};
+use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{Binding, Device, Dimension, ElementType, Port, Runtime, Session, SessionOptions, Tensor};
 
@@ -244,7 +244,7 @@ impl Unet {
             None if context.is_empty() => None,
             None => return Err(Error::invalid_argument(format!("{CONTEXT:?} was given, but this UNet takes no text"))),
             Some(port) => {
-                let features = if tokens == 0 { 0 } else { context.len() / batch / tokens };
+                let features = (context.len() / batch).checked_div(tokens).unwrap_or(0);
                 if tokens == 0 || context.len() != batch.saturating_mul(tokens).saturating_mul(features) {
                     return Err(Error::invalid_argument(format!(
                         "{CONTEXT:?} has {} values, which is not [{batch}, {tokens}, features]",
@@ -429,35 +429,6 @@ fn text_port(model: &Model) -> Option<Port> {
     Some(Port { name: CONTEXT.to_owned(), dtype, dims: dims.collect() })
 }
 
-/// The weights of the projections, once in memory.
-fn pristine(model: &Model, found: &[attention::Projection]) -> Result<Projections> {
-    let mut projections = Vec::with_capacity(found.len());
-    for projection in found {
-        let bytes = projection.read_weight(model)?;
-        let weights = match projection.weight.data_type {
-            DataType::Float => Weights::F32(read(&bytes, f32::from_le_bytes)?),
-            DataType::Float16 => Weights::F16(read(&bytes, f16::from_le_bytes)?),
-            DataType::Bfloat16 => Weights::Bf16(read(&bytes, bf16::from_le_bytes)?),
-            other => return Err(Error::unsupported(format!("{}: weights of {other:?}", projection.path))),
-        };
-        projections.push(ProjectionWeights {
-            path: projection.path.clone(),
-            out_features: projection.out_features,
-            in_features: projection.in_features,
-            weights,
-            bias: projection.read_bias(model)?,
-        });
-    }
-    Projections::new(projections)
-}
-
-fn read<const SIZE: usize, T>(bytes: &[u8], from: impl Fn([u8; SIZE]) -> T) -> Result<Vec<T>> {
-    let mut values = Vec::new();
-    values.try_reserve_exact(bytes.len() / SIZE)?;
-    values.extend(bytes.as_chunks::<SIZE>().0.iter().map(|bytes| from(*bytes)));
-    Ok(values)
-}
-
 /// Makes keys and values inputs where that can be done.
 fn externalise(model: &mut Model) -> Result<Steering> {
     let found = match attention::find(model, CONTEXT) {
@@ -467,7 +438,7 @@ fn externalise(model: &mut Model) -> Result<Steering> {
         }
         Err(error) => return Err(error),
     };
-    let projections = Arc::new(pristine(model, &found)?);
+    let projections = Arc::new(Projections::from_model(model, &found)?);
     let inputs = attention::externalise(model, &found)?;
     Ok(Steering::Inputs { projections, inputs })
 }

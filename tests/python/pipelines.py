@@ -241,7 +241,7 @@ def stable_diffusion(folder, second):
     draw(draws, pipe, (2, 4, 8, 8), sampler="EulerDiscreteScheduler", **base)
     draw(draws, pipe, (2, 4, 8, 8), sampler="DPMSolverMultistepScheduler", **base)
     draw(draws, pipe, (2, 4, 8, 8), sampler="DDIMScheduler", guidance_rescale=0.7, **base)
-    draw(draws, pipe, (1, 4, 12, 6), sampler="DDIMScheduler", prompt=PROMPTS[0], num_inference_steps=7, guidance_scale=1.0)
+    draw(draws, pipe, (1, 4, 12, 4), sampler="DDIMScheduler", prompt=PROMPTS[0], num_inference_steps=7, guidance_scale=1.0)
     draws.save()
 
 

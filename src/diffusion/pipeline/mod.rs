@@ -449,7 +449,7 @@ impl Pipeline {
         job: &mut Job<'_>,
     ) -> Result<(Vec<f32>, [usize; 4])> {
         options.guidance.check()?;
-        let batch = options.prompts.len().checked_mul(options.images_per_prompt).unwrap_or(usize::MAX);
+        let batch = options.prompts.len().saturating_mul(options.images_per_prompt);
         if batch == 0 || batch > MAX_BATCH {
             return Err(Error::invalid_argument(format!(
                 "{} prompts with {} images each: the images of a draw must number 1..={MAX_BATCH}",

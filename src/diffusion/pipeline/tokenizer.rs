@@ -126,14 +126,14 @@ impl PromptTokenizer {
             if used + count > room && count <= room && used > 0 {
                 contents.push(Vec::new());
             }
-            for index in at..at + count {
+            for (index, id) in ids.iter().enumerate().skip(at).take(count) {
                 if contents.last().map_or(0, Vec::len) == room {
                     contents.push(Vec::new());
                 }
                 let chunk = contents.len() - 1;
                 let (start, end) = offsets.get(index).copied().unwrap_or_default();
                 places.push((chunk * self.length + self.begin.len() + contents[chunk].len(), start..end));
-                contents[chunk].push(ids[index]);
+                contents[chunk].push(*id);
             }
             at += count;
         }
