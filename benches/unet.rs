@@ -179,7 +179,8 @@ fn uniform(random: &mut ChaCha8Rng) -> f32 {
 /// Our time of a step over the peer's.
 fn step_ratio(case: &Case, runs: usize) -> Outcome<f64> {
     let (mut peer, mut ours) = (Peer::open(case)?, Ours::open(case, None)?);
-    (peer.step()?, ours.step()?);
+    peer.step()?;
+    ours.step()?;
     let (mut theirs, mut mine) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         theirs.push(peer.step()?);
