@@ -28,11 +28,12 @@ TIERS = {  # at least so many objects; shares for one, both of two, three of fou
 }
 
 
-def prompts(seed):
-    """500 scenes: for each count of objects, drawn evenly over the objects and the held-out combinations."""
+def prompts(seed, times=1):
+    """500 scenes times `times`: for each count of objects, drawn evenly over the objects and held-out combinations."""
     rng = random.Random(seed)
     scenes = []
     for count, number in COUNTS.items():
+        number *= times
         while number:
             nouns = rng.sample(list(words.OBJECTS), count)
             colours = list(words.COLOURS)
@@ -106,10 +107,13 @@ def main():
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="2,000 prompts instead of 500")
     options = parser.parse_args()
+    if not (options.judges / "judges.json").exists():
+        parser.error(f"{options.judges} holds no judges; train them with models/emoji/probe.py")
     model, tokenizer = sampling.OnnxModel(options.model), words.build_tokenizer()
     draw = getattr(sampling, options.process)
-    scenes = prompts(options.seed)
+    scenes = prompts(options.seed, 4 if options.full else 1)
     began, pictures = time.time(), []
     for start in range(0, len(scenes), 20):
         ids, empty = sampling.encode(tokenizer, [data.caption(scene) for scene in scenes[start : start + 20]])

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: formatting, lints, and every test, with the runtime and the oracles at hand.
 
 use std::fs::File;
+use std::process::Command;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
@@ -29,6 +30,11 @@ pub fn run(full: bool, filter: Option<&str>) -> Result<()> {
         step("lints", cargo()?.args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
     }
     test("tests", &["--workspace"])?;
+    if filter.is_none() {
+        let reference = &mut Command::new(&interpreter);
+        reference.current_dir(root().join("models/reference")).args(["-m", "unittest", "--quiet"]);
+        step("tests of the PyTorch reference", reference)?;
+    }
     // A shared library's file name does not depend on features: each build must see that the other one's is not its own.
     touch_library()?;
     let outcome = test("tests with injected panics", &["--features", "inject", "--test", "capi"]);
