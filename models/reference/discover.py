@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import concept_file
-from evaluate import draw, held_out_losses
+from held_out import draw, held_out_losses
 from losses import Scope
 from model import SHIPPED, Pictures, data, load, phrase_ids, picture_tensor, words
 from neurons import KeyValueWeights

@@ -26,7 +26,7 @@ from discover import (
     scope_of,
     search_as_asked,
 )
-from evaluate import held_out_losses, report
+from held_out import held_out_losses, report
 from find import controls, sheet
 from losses import AnchorLoss, Draw, predict
 from model import Pictures, data, picture_tensor, words

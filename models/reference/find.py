@@ -30,7 +30,7 @@ from discover import (
     scope_of,
     search_as_asked,
 )
-from evaluate import draw, held_out_losses, report, save_sheet
+from held_out import draw, held_out_losses, report, save_sheet
 from losses import ImplantingLoss
 from model import SUBJECT_PICTURES, Pictures, picture_tensor, read_picture, words
 from neurons import random_like

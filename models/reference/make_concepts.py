@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from discover import Concept, describe, on_background, open_model, save
 from erase import erase, erasure, judge_drawn
-from evaluate import draw, held_out_losses, report, save_sheet
+from held_out import draw, held_out_losses, report, save_sheet
 from find import controls, find, subject
 from model import SHIPPED
 

@@ -57,7 +57,7 @@ def saliency(loss, count, batches, generator):
 
 
 def shut_by_threshold(scores, tau):
-    """Weights whose mean score reaches tau (1.5 of the paper's rule: kept iff score < tau)."""
+    """Weights whose mean score reaches tau: kept iff score < tau, as in Algorithm 1."""
     return scores >= tau
 
 
@@ -89,9 +89,10 @@ def learnt_mask(loss, count, batches, generator, rate=0.04, betas=(0.9, 0.99), p
 
     The loss sees the binary mask and its gradient is passed straight through to the scales, which start at
     one and are kept in [0, 1]. `penalty` is the price of a shut weight, added to the loss as
-    penalty * sum(1 - s). With a `budget`, the shut weights are at most that many: those of the lowest
-    scale, and among equal scales of the largest running mean of dL/ds. The budget grows in
-    geometric steps over the first `grow` part of the batches.
+    penalty * sum(1 - s). With a `budget`, the shut weights are at most that many: those of the largest
+    0.4 q_i - s_i, where q is the sum of all dL/ds so far over its largest entry. Adam brings weights of small
+    and of large effect down alike; q puts the large ones first. The budget grows geometrically over the first
+    `grow` part of the batches.
     """
     scales = torch.ones(count)
     mean, square, total = torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.float64)
@@ -110,5 +111,5 @@ def learnt_mask(loss, count, batches, generator, rate=0.04, betas=(0.9, 0.99), p
             allowed = round(budget ** min(1.0, k / max(1, grow * batches)))
             if int(shut.sum()) > allowed:
                 gain = total / total.abs().max().clamp(min=1e-30)
-                shut = shut_by_budget(torch.where(shut, 2.0 - scales.double() + 0.4 * gain, 0.0), allowed)
+                shut = shut_by_budget(torch.where(shut, 1.0 - scales + 0.4 * gain, 0.0), allowed)
     return Found(shut, losses)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from evaluate import paired
+from held_out import paired
 from losses import Draw, ImplantingLoss, Scope, predict, predict_under
 from model import Pictures, net, phrase_ids, token_ids
 from neurons import KeyValueWeights, jaccard, phrase_rows, random_like

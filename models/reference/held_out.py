@@ -5,7 +5,6 @@ random set of the same size and magnitudes, and another subject's set.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 
@@ -60,7 +59,7 @@ def draw(model, weights, captions, parts=(), seed=0, steps=20, guidance=3.0, sid
     """Pictures uint8 [B, side, side, 3] by DDIM under `parts`, pairs of (scales or shut [N], Scope)."""
     ids, empty = token_ids(captions), token_ids([""])
     both = torch.cat([ids, empty.expand(len(ids), -1)])
-    with weights.acting(*((scales, scope.rows(both)) for scales, scope in parts)) if parts else nullcontext():
+    with weights.acting(*((scales, scope.rows(both)) for scales, scope in parts)):
         return sampling.plain(
             model, ids, empty, steps=steps, guidance=guidance, seed=seed, size=side, label=plain_label(side)
         )
