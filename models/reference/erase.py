@@ -26,8 +26,8 @@ from discover import (
     scope_of,
     search_as_asked,
 )
-from held_out import held_out_losses, report
 from find import controls, sheet
+from held_out import held_out_losses, report
 from losses import AnchorLoss, Draw, predict
 from model import Pictures, data, picture_tensor, words
 

@@ -12,11 +12,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-
 from discover import Concept, describe, on_background, open_model, save
 from erase import erase, erasure, judge_drawn
-from held_out import draw, held_out_losses, report, save_sheet
 from find import controls, find, subject
+from held_out import draw, held_out_losses, report, save_sheet
 from model import SHIPPED
 
 METHOD, SCOPE, DENSITY = "learnt-mask", "local", 0.01
@@ -97,7 +96,7 @@ def main():
     parser.add_argument(
         "--sheets", type=Path, default=Path(__file__).resolve().parents[2] / "out", help="folder for the sheet"
     )
-    parser.add_argument("--side", type=int, choices=(32, 64), default=64, help="pixels of the search")
+    parser.add_argument("--side", type=int, choices=(32, 64), default=32, help="pixels of the search; sets carry over")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--draws", type=int, default=208, help="held-out draws of each judgement; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
