@@ -1,6 +1,6 @@
 //! `cargo xtask demo`: the main job, done by a C host, with a picture at the end.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -26,16 +26,18 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// Compiles `examples/c/<name>.c` against the header and the release library.
-fn compile_example(name: &str) -> Result<std::path::PathBuf> {
-    let library: &Path = &target()?.join("release");
+/// Compiles `examples/c/<name>.c` against the header and the release library, which stands beside the program under its
+/// SONAME, as in an installed tree.
+fn compile_example(name: &str) -> Result<PathBuf> {
     let folder = target()?.join("examples-c");
     std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let library = folder.join("libmacula.so.0");
+    std::fs::copy(target()?.join("release/libmacula.so"), &library).context("copy the library")?;
     let program = folder.join(name);
     let compile = &mut Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into()));
     compile.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-I"]).arg(root().join("include"));
     compile.arg(root().join(format!("examples/c/{name}.c"))).arg("-o").arg(&program);
-    compile.arg("-L").arg(library).arg(format!("-Wl,-rpath,{}", library.display())).args(["-lmacula", "-lm"]);
+    compile.arg(&library).args(["-Wl,-rpath,$ORIGIN", "-lm"]);
     step(&format!("compile examples/c/{name}.c"), compile)?;
     Ok(program)
 }
