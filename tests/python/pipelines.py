@@ -194,7 +194,8 @@ SCHEDULERS = {
 def draw(draws, pipe, shape, **options):
     """One draw by a diffusers pipeline, with every state kept."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(len(draws.draws)))
-    pipe.scheduler = SCHEDULERS[options.pop("sampler")].from_config(pipe.scheduler.config)
+    # From the file, as a program that opens the folder would: every value of it counts, also those that were defaults.
+    pipe.scheduler = SCHEDULERS[options.pop("sampler")].from_pretrained(draws.folder / "model/scheduler")
     states = []
 
     def keep(pipe, step, timestep, tensors):
