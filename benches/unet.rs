@@ -41,7 +41,7 @@ fn main() -> Outcome {
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let small = Case {
-        model: root.join("models/emoji/unet/model.onnx"),
+        model: root.join("models/emoji/onnx/unet/model.onnx"),
         batch: 2,
         channels: 3,
         side: 64,
