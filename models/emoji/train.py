@@ -34,7 +34,8 @@ SHEET_PROMPTS = (
 )
 
 
-BETAS = (0.9, 0.99)
+BETAS = (0.9, 0.99)  # of Adam
+MOMENTUM = 0.95  # of Muon
 
 
 class Model(torch.nn.Module):
@@ -118,10 +119,31 @@ def place(module, vector):
         parameter.data = piece
 
 
+def is_hidden_matrix(name, parameter):
+    """True for the matrices and kernels that Muon trains: all but embeddings and the first and last layers."""
+    ends = ("embedding", "conv_in", "conv_out")
+    return parameter.ndim > 1 and not any(end in name for end in ends)
+
+
+def orthogonal(matrix):
+    """A matrix [M, N] with its singular values brought near one by five Newton-Schulz steps.
+
+    The quintic's coefficients are those of Muon (Jordan et al. 2024): fast at small values, not exact at one.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return (x.T if tall else x).float()
+
+
 class Training:
     """All numbers of a run as flat vectors [N] in shared memory, N parameters, so that every worker sees them.
 
-    AdamW is written out here since each worker updates its own part of the vectors.
+    The optimisers are written out here since each worker updates its own share of the parameters: Muon for
+    the hidden matrices, with steps as long as Adam's (Liu et al. 2025), and AdamW for everything else.
     """
 
     def __init__(self, model, workers, device):
@@ -129,27 +151,54 @@ class Training:
         self.weights, self.average = start, start.clone()
         self.gradients = torch.zeros(workers, len(start), device=device)
         self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
-        # Weight decay acts on matrices and kernels only.
-        self.decay = torch.cat([torch.full((p.numel(),), 0.01 * (p.ndim > 1)) for p in model.parameters()]).to(device)
         self.norms = torch.zeros(workers, dtype=torch.float64, device=device)
         self.stop = torch.zeros(2, dtype=torch.int64)  # asked for by a signal, decided by worker 0
         if device == "cpu":
             for value in vars(self).values():
                 value.share_memory_()
+        self.shares = self._shared_out(model, workers)
 
-    def update(self, part, step, rate, barrier):
-        """One AdamW step with the mean gradient of the workers on the slice `part`, and its running average."""
-        gradient = self.gradients[:, part].mean(0)
-        self.norms[barrier.rank] = gradient.double().square().sum()
+    @staticmethod
+    def _shared_out(model, workers):
+        """For every worker its parameters as (slice of the vectors, shape of the matrix or None).
+
+        Orthogonalising costs length times the shorter side; the dearest goes first to whoever has least to do.
+        """
+        costs, at = [], 0
+        for name, parameter in model.named_parameters():
+            rows, count = parameter.shape[0], parameter.numel()
+            matrix = (rows, count // rows) if is_hidden_matrix(name, parameter) else None
+            cost = count * (min(matrix) + 10 if matrix else 10)
+            costs.append((cost, slice(at, at + count), matrix, 0.01 * (parameter.ndim > 1)))
+            at += count
+        shares, load = [[] for _ in range(workers)], [0] * workers
+        for cost, *task in sorted(costs, key=lambda entry: -entry[0]):
+            least = load.index(min(load))
+            shares[least].append(task)
+            load[least] += cost
+        return shares
+
+    def update(self, step, rate, barrier):
+        """One step with the mean gradient of the workers on this worker's parameters, and their running average."""
+        share = [(self.gradients[:, part].mean(0), part, *rest) for part, *rest in self.shares[barrier.rank]]
+        self.norms[barrier.rank] = sum(gradient.double().square().sum() for gradient, *_ in share)
         barrier.wait()
-        gradient *= min(1.0, 1.0 / (self.norms.sum().sqrt().item() + 1e-12))
-        weights, mean, square = self.weights[part], self.mean[part], self.square[part]
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        root = (square / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(1e-8)
-        weights.mul_(1 - rate * self.decay[part])
-        weights.addcdiv_(mean, root, value=-rate / (1 - BETAS[0] ** (step + 1)))
-        self.average[part].lerp_(weights, 1 - min(0.999, (2 + step) / (11 + step)))
+        scale = min(1.0, 1.0 / (self.norms.sum().sqrt().item() + 1e-12))
+        for gradient, part, matrix, decay in share:
+            gradient *= scale
+            weights, mean = self.weights[part], self.mean[part]
+            weights.mul_(1 - rate * decay)
+            if matrix:
+                mean.lerp_(gradient, 1 - MOMENTUM)
+                direction = orthogonal(gradient.lerp(mean, MOMENTUM).view(matrix)).flatten()
+                weights.add_(direction, alpha=-rate * 0.2 * max(matrix) ** 0.5)
+            else:
+                square = self.square[part]
+                mean.lerp_(gradient, 1 - BETAS[0])
+                square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+                root = (square / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(1e-8)
+                weights.addcdiv_(mean, root, value=-rate / (1 - BETAS[0] ** (step + 1)))
+            self.average[part].lerp_(weights, 1 - min(0.999, (2 + step) / (11 + step)))
 
     def save(self, path, state):
         """Writes the checkpoint beside the old one first, so that a crash leaves a whole file."""
@@ -191,8 +240,6 @@ def work_on(rank, training, shared_barrier, state, options):
     place(drawn, training.average)
     for parameter, gradient in zip(model.parameters(), views(training.gradients[rank], model)):
         parameter.grad = gradient
-    total = len(training.weights)
-    part = slice(total * rank // workers, total * (rank + 1) // workers)
     losses, began = {16: [], 32: [], 64: []}, time.time()
     reported = saved_at = drawn_at = began
     hours_before = state["hours"]
@@ -215,7 +262,7 @@ def work_on(rank, training, shared_barrier, state, options):
         barrier.wait()
         rate = learning_rate(options.rate, state["step"], progress)
         with torch.no_grad():
-            training.update(part, state["step"], rate, barrier)
+            training.update(state["step"], rate, barrier)
 
         state["step"] += 1
         state["pictures"][size] += batch * workers
