@@ -6,6 +6,7 @@ mod check;
 pub mod edit;
 pub mod external;
 mod fold;
+pub mod grad;
 pub mod graph;
 pub mod limits;
 pub mod model;

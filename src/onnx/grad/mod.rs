@@ -1,0 +1,147 @@
+//! The gradient of an ONNX model is an ONNX model: reverse-mode differentiation by appended standard operators.
+//!
+//! [`questions`] tells what must be observed in a run of the model, [`Facts`] takes the answers, and [`vjp`] appends the
+//! backward graph. One rule a kind of operator, in `rules/`, writes the cotangents of a node's inputs from those of its
+//! outputs. Rules emit only operators that have rules, so a gradient can be differentiated again: a Jacobian-vector
+//! product is a sweep over a sweep ([`jvp`]). Gradients of fp16 and bf16 models are computed in f32.
+
+mod expr;
+mod facts;
+mod loss;
+mod path;
+mod rules;
+mod site;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use expr::Graph;
+pub use facts::{Facts, Observation, Questions, questions};
+pub use loss::mean_squared_error;
+use path::Path;
+use site::{Site, Sweep, describe};
+
+use super::build::{self, Dim, Names};
+use super::model::Model;
+use super::proto::tensor_proto::DataType;
+use crate::error::{Error, Result};
+
+/// What a gradient may spend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Effort {
+    /// The fastest backward graph: weights may be kept a second time, transposed.
+    #[default]
+    Speed,
+    /// No second copy of a weight.
+    Memory,
+}
+
+/// A model with its gradient appended.
+#[derive(Clone, Debug)]
+pub struct Gradient {
+    /// The model. Its outputs are those that it had and `gradients`.
+    pub model: Model,
+    /// The input that takes the cotangent of the differentiated output: of its shape, f32 (f64 for f64 models).
+    pub cotangent: String,
+    /// The outputs that hold the gradients, in the order of the values asked for; each of its value's shape, f32 or f64.
+    pub gradients: Vec<String>,
+}
+
+/// Appends the vector-Jacobian product: given a cotangent ū of `output`, the gradient of ⟨ū, output⟩ with respect to each
+/// value of `wrt` (initializers, inputs or inner values).
+///
+/// Errors: [`crate::Status::NotFound`] for a value that the graph has not; [`crate::Status::InvalidArgument`] if a value
+/// is not of floating point, if the output does not depend on it, or if `facts` lacks something;
+/// [`crate::Status::Unsupported`] for an operator without a rule, named with its node and operator set.
+pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Effort) -> Result<Gradient> {
+    let opset = model.opset("").unwrap_or_default();
+    if opset < 13 {
+        return Err(Error::unsupported(format!(
+            "gradients need operator set 13 or newer, the model uses {opset}: export it anew"
+        )));
+    }
+    let topology = model.topology();
+    let path = Path::new(model, &topology, wrt, output)?;
+    let graph = Graph::new(Names::of(model.graph()), opset);
+    let data_type = match path.data_type(output) {
+        Some(DataType::Double) => DataType::Double,
+        _ => DataType::Float,
+    };
+    let cotangent = graph.fresh(&format!("{output}/cotangent"));
+    let seed = graph.value(&cotangent, data_type);
+    let sweep = Sweep {
+        model,
+        topology: &topology,
+        path: &path,
+        facts,
+        effort,
+        graph: graph.clone(),
+        cotangents: RefCell::new(HashMap::from([(output.to_owned(), seed)])),
+    };
+    for (node, _) in model.graph().node.iter().zip(path.nodes()).rev().filter(|(_, on)| **on) {
+        let reached = node.output.iter().any(|output| sweep.cotangents.borrow().contains_key(output));
+        if !reached {
+            continue;
+        }
+        let Some(rule) = rules::find(node) else {
+            return Err(Error::unsupported(format!("{} has no derivative rule", describe(node, opset))));
+        };
+        graph.enter(if node.name().is_empty() { node.op_type() } else { node.name() });
+        rule(&Site { node, sweep: &sweep })?;
+    }
+    graph.enter("");
+    let mut gradients = Vec::new();
+    let mut outputs = Vec::new();
+    for value in wrt {
+        let found = sweep.cotangents.borrow().get(*value).cloned();
+        let found = found.ok_or_else(|| Error::invalid_argument(format!("{output:?} does not depend on {value:?}")))?;
+        // An output of its own, also where two gradients are one value or the cotangent itself.
+        let name = graph.fresh(&format!("{value}/gradient"));
+        outputs.push(build::node("Identity", [&*found.name], [name.as_str()]).named(name.clone()));
+        let dims = facts.sizes(value).map(|sizes| {
+            sizes.iter().map(|size| size.fixed().map_or(Dim::Any, |size| Dim::Fixed(size as i64))).collect::<Vec<_>>()
+        });
+        gradients.push(build::value(&name, found.data_type, dims.as_deref()));
+    }
+    let cotangent_dims = facts.sizes(output).map(|sizes| {
+        sizes.iter().map(|size| size.fixed().map_or(Dim::Any, |size| Dim::Fixed(size as i64))).collect::<Vec<_>>()
+    });
+    let (nodes, initializers) = graph.take();
+    let names = gradients.iter().map(|info| info.name().to_owned()).collect();
+    let mut model = model.clone();
+    model.edit(|edit| {
+        let graph = edit.graph_mut();
+        graph.node.extend(nodes);
+        graph.node.extend(outputs);
+        graph.initializer.extend(initializers);
+        graph.input.push(build::value(&cotangent, data_type, cotangent_dims.as_deref()));
+        graph.output.extend(gradients);
+        Ok(())
+    })?;
+    Ok(Gradient { model, cotangent, gradients: names })
+}
+
+/// The model of a Jacobian-vector product J v of `output` with respect to the value `wrt`: the derivative of the
+/// vector-Jacobian product along its own cotangent, which it is linear in.
+///
+/// `first` is what [`vjp`] gave for `wrt` and `output`, `facts` were observed on its model for
+/// `questions(&first.model, &[&first.cotangent], &first.gradients[0])`. The answer's input [`Gradient::cotangent`] takes
+/// the direction v, of `wrt`'s shape; its only gradient is J v, of `output`'s shape. Nothing else of it depends on the
+/// first cotangent, whose input is dropped.
+pub fn jvp(first: &Gradient, facts: &Facts, effort: Effort) -> Result<Gradient> {
+    let [gradient] = first.gradients.as_slice() else {
+        return Err(Error::invalid_argument(format!(
+            "a Jacobian-vector product is along one value, the first gradient has {}",
+            first.gradients.len()
+        )));
+    };
+    let mut second = vjp(&first.model, facts, &[&first.cotangent], gradient, effort)?;
+    second.model.edit(|edit| {
+        let kept = second.gradients.first().cloned().unwrap_or_default();
+        edit.graph_mut().output.retain(|output| output.name() == kept);
+        edit.drop_unused();
+        edit.drop_unused_inputs();
+        Ok(())
+    })?;
+    Ok(second)
+}

@@ -1,0 +1,216 @@
+//! Convolutions of one to three dimensions and their transposes. Inputs are `[B, C, ...]`, kernels `[M, C / groups, ...]`.
+
+use super::Rule;
+use crate::error::{Error, Result};
+use crate::onnx::grad::Effort;
+use crate::onnx::grad::expr::Expr;
+use crate::onnx::grad::facts::Size;
+use crate::onnx::grad::site::Site;
+use crate::onnx::proto::NodeProto;
+
+pub(super) const RULES: &[(&str, Rule)] = &[("Conv", conv), ("ConvTranspose", conv_transpose)];
+
+/// How a kernel moves over the places, one entry a spatial axis.
+struct Window {
+    kernel: Vec<i64>,
+    strides: Vec<i64>,
+    dilations: Vec<i64>,
+    /// Before, and after.
+    pads: (Vec<i64>, Vec<i64>),
+    group: i64,
+}
+
+/// Reads a window from a node. `small` and `large` are the sizes on either side: a convolution goes from large to small.
+fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<Window> {
+    let axes = kernel.len() - 2;
+    let kernel: Option<Vec<i64>> = kernel[2..].iter().map(|size| size.fixed().map(|size| size as i64)).collect();
+    let kernel = kernel.ok_or_else(|| at.unsupported("the size of its kernel varies from run to run"))?;
+    let ints = |name, default: i64| match at.node.attribute_ints(name) {
+        Some(values) if values.len() == axes => Ok(values.to_vec()),
+        None => Ok(vec![default; axes]),
+        Some(values) => {
+            Err(Error::invalid_file(format!("{}: {} {name} for {axes} axes", at.name(), values.len())))
+        }
+    };
+    let (strides, dilations) = (ints("strides", 1)?, ints("dilations", 1)?);
+    let pads = match at.text("auto_pad", "NOTSET") {
+        "NOTSET" => match at.node.attribute_ints("pads") {
+            Some(pads) if pads.len() == 2 * axes => (pads[..axes].to_vec(), pads[axes..].to_vec()),
+            _ => (vec![0; axes], vec![0; axes]),
+        },
+        "VALID" => (vec![0; axes], vec![0; axes]),
+        same => {
+            let mut pads = (Vec::new(), Vec::new());
+            for axis in 0..axes {
+                let (Some(small), Some(large)) = (small[axis + 2].fixed(), large[axis + 2].fixed()) else {
+                    return Err(at.unsupported("padding to the same size where sizes vary from run to run"));
+                };
+                let reach = (small as i64 - 1) * strides[axis] + (kernel[axis] - 1) * dilations[axis] + 1;
+                let total = (reach - large as i64).max(0);
+                let before = if same == "SAME_LOWER" { total - total / 2 } else { total / 2 };
+                pads.0.push(before);
+                pads.1.push(total - before);
+            }
+            pads
+        }
+    };
+    Ok(Window { kernel, strides, dilations, pads, group: at.int("group", 1) })
+}
+
+impl Window {
+    fn on(&self, node: NodeProto) -> NodeProto {
+        node.with("strides", self.strides.as_slice())
+            .with("dilations", self.dilations.as_slice())
+            .with("group", self.group)
+            .with("pads", [self.pads.0.as_slice(), &self.pads.1].concat())
+            .with("kernel_shape", self.kernel.as_slice())
+    }
+
+    /// What the places at the end that no window reaches add to the size of a transposed convolution: the same in every
+    /// run, or there is no one graph for them.
+    fn left_over(&self, at: &Site, small: &[Size], large: &[Size]) -> Result<Vec<i64>> {
+        let axis = |axis: usize| {
+            let reach = |size: usize| {
+                (size as i64 - 1) * self.strides[axis] + (self.kernel[axis] - 1) * self.dilations[axis] + 1
+                    - self.pads.0[axis]
+                    - self.pads.1[axis]
+            };
+            let mut runs = small[axis + 2].seen().iter().zip(large[axis + 2].seen());
+            let rest = runs.clone().map(|(&small, &large)| large as i64 - reach(small)).next().unwrap_or(0);
+            match runs.all(|(&small, &large)| large as i64 - reach(small) == rest) {
+                true => Ok(rest),
+                false => Err(at.unsupported("the places that no window reaches differ between the observed runs")),
+            }
+        };
+        (0..self.kernel.len()).map(axis).collect()
+    }
+}
+
+/// The cotangent of a convolution's input: the transposed convolution of `dy`. `small` are the sizes of `dy`, `large`
+/// those of the input.
+fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], large: &[Size]) -> Result<Expr> {
+    let rest = window.left_over(at, small, large)?;
+    let axes: Vec<i64> = (2..small.len() as i64).collect();
+    let unit = |values: &[i64]| values.iter().all(|&value| value == 1);
+    let turned_pads = |pads: &[i64]| -> Vec<i64> {
+        (0..pads.len()).map(|axis| window.dilations[axis] * (window.kernel[axis] - 1) - pads[axis]).collect()
+    };
+    let (before, after) = (turned_pads(&window.pads.0), turned_pads(&window.pads.1));
+    let fits = before.iter().chain(&after).all(|&pad| pad >= 0);
+    let larger = window.kernel.iter().any(|&size| size > 1);
+    if at.effort() == Effort::Speed && unit(&window.strides) && window.group == 1 && fits && larger {
+        // With stride 1 it is a convolution with the turned kernel, which runs faster.
+        let mut order: Vec<usize> = (0..small.len()).collect();
+        order.swap(0, 1);
+        let turned = Window {
+            kernel: window.kernel.clone(),
+            strides: window.strides.clone(),
+            dilations: window.dilations.clone(),
+            pads: (before, after),
+            group: 1,
+        };
+        return Ok(dy.op_with("Conv", &[&kernel.flip(&axes).transpose(&order)], |node| turned.on(node)));
+    }
+    // A transposed convolution may add less than a stride; what goes beyond are places without any cotangent.
+    let added: Vec<i64> = rest.iter().zip(&window.strides).map(|(&rest, &stride)| rest.clamp(0, stride - 1)).collect();
+    let spread = dy.op_with("ConvTranspose", &[kernel], |node| window.on(node).with("output_padding", added.as_slice()));
+    let beyond: Vec<i64> = rest.iter().zip(&added).map(|(&rest, &added)| rest - added).collect();
+    if beyond.iter().all(|&count| count == 0) {
+        return Ok(spread);
+    }
+    let mut pads = vec![0; small.len() + 2];
+    pads.extend(beyond);
+    Ok(spread.op("Pad", &[&at.graph().ints(&pads)]))
+}
+
+/// The cotangent of a kernel: the convolution of the input `large` with `small`, batch and channels exchanged.
+fn of_kernel(at: &Site, window: &Window, large: &Expr, small: &Expr, channels: &Size) -> Result<Expr> {
+    let Some(channels) = channels.fixed() else {
+        return Err(at.unsupported("the number of its channels varies from run to run"));
+    };
+    let rank = window.kernel.len() + 2;
+    let (groups, places): (i64, Vec<usize>) = (window.group, (2..rank).collect());
+    let order = |first: &[usize], shift: usize| -> Vec<usize> {
+        first.iter().copied().chain(places.iter().map(|&axis| axis + shift)).collect()
+    };
+    let (left, right) = if groups == 1 {
+        (large.transpose(&order(&[1, 0], 0)), small.transpose(&order(&[1, 0], 0)))
+    } else {
+        // [B, G·C, ...] as [C, G·B, ...] and [B, G·M, ...] as [G·M, B, ...]: one group sees its own channels only.
+        let tail = |value: &Expr| {
+            let sizes = value.sizes();
+            sizes.slice(0, 2, rank as i64)
+        };
+        let joined = |parts: &[&Expr]| parts[0].op_with("Concat", &parts[1..], |node| node.with("axis", 0));
+        let batch = large.sizes().slice(0, 0, 1);
+        let int = |value: i64| at.graph().ints(&[value]);
+        let inner = channels as i64 / groups;
+        let split = large.reshape(&joined(&[&batch, &int(groups), &int(inner), &tail(large)]));
+        let left = split.transpose(&order(&[2, 1, 0], 1)).reshape(&joined(&[&int(inner), &int(-1), &tail(large)]));
+        (left, small.transpose(&order(&[1, 0], 0)))
+    };
+    let swapped = Window {
+        kernel: Vec::new(),
+        strides: window.dilations.clone(),
+        dilations: window.strides.clone(),
+        pads: window.pads.clone(),
+        group: groups,
+    };
+    let mut full = left.op_with("Conv", &[&right], |node| {
+        node.with("strides", swapped.strides.as_slice())
+            .with("dilations", swapped.dilations.as_slice())
+            .with("group", groups)
+            .with("pads", [swapped.pads.0.as_slice(), &swapped.pads.1].concat())
+    });
+    // Places at the end that no window reached make the result larger than the kernel.
+    for (axis, &size) in window.kernel.iter().enumerate() {
+        full = full.slice(axis as i64 + 2, 0, size);
+    }
+    Ok(full.transpose(&order(&[1, 0], 0)))
+}
+
+fn bias(at: &Site, rank: usize) {
+    let axes: Vec<i64> = (0..rank as i64).filter(|&axis| axis != 1).collect();
+    at.give(2, || at.dy().sum(&axes, false));
+}
+
+/// y = x ∗ w + b:  x̄ = transposed convolution of ȳ with w,  w̄ = convolution of x with ȳ,  b̄ = Σ ȳ
+fn conv(at: &Site) -> Result<()> {
+    let (large, small, kernel) = (at.sizes(0)?, at.output_sizes(0)?, at.sizes(1)?);
+    let window = window(at, &kernel, &small, &large)?;
+    bias(at, large.len());
+    if at.wants(0) {
+        let cotangent = spread(at, &window, &at.dy(), &at.x(1), &small, &large)?;
+        at.give(0, || cotangent);
+    }
+    if at.wants(1) {
+        let cotangent = of_kernel(at, &window, &at.x(0), &at.dy(), &large[1])?;
+        at.give(1, || cotangent);
+    }
+    Ok(())
+}
+
+/// y = transposed convolution of x with w, plus b:  x̄ = ȳ ∗ w,  w̄ = convolution of ȳ with x,  b̄ = Σ ȳ
+fn conv_transpose(at: &Site) -> Result<()> {
+    let (small, large, kernel) = (at.sizes(0)?, at.output_sizes(0)?, at.sizes(1)?);
+    if at.text("auto_pad", "NOTSET") != "NOTSET" || at.node.attribute_ints("output_shape").is_some() {
+        return Err(at.unsupported("automatic padding or a given output shape"));
+    }
+    let window = window(at, &kernel, &small, &large)?;
+    bias(at, large.len());
+    // `output_padding` only appends places that are read like any other.
+    if at.wants(0) {
+        let mut full = at.dy().op_with("Conv", &[&at.x(1)], |node| window.on(node));
+        for (axis, size) in small.iter().enumerate().skip(2) {
+            if let Some(size) = size.fixed() {
+                full = full.slice(axis as i64, 0, size as i64);
+            }
+        }
+        at.give(0, || full);
+    }
+    if at.wants(1) {
+        let cotangent = of_kernel(at, &window, &at.dy(), &at.x(0), &large[1])?;
+        at.give(1, || cotangent);
+    }
+    Ok(())
+}
