@@ -8,6 +8,7 @@ mod api;
 mod binding;
 mod cache;
 mod library;
+mod observe;
 mod provider;
 mod session;
 mod tensor;
@@ -16,6 +17,7 @@ use std::fmt;
 use std::path::Path;
 
 pub use binding::Binding;
+pub use observe::observe;
 pub use library::{ApiBase, LIBRARY_VARIABLE, LogSink, RuntimeOptions};
 pub use provider::{
     ArenaGrowth, ConvolutionSearch, CudaOptions, Provider, ProviderKind, ShapeProfile, TensorRtOptions,

@@ -6,12 +6,15 @@ weights from a seed and, except for the full-size one, small widths. A fixture i
     model.onnx, model.onnx.data   the export (the second only if the exporter made it)
     weights.safetensors           the attention projections as torch has them: `<module path>.weight`, `.bias`
     reference.safetensors         `<case>.<input name>` and `<case>.out_sample`: what torch computes
+    gradients.safetensors         for case 0: `target`, `weight` and, for the loss sum_b weight_b mean((out_sample_b - target_b)^2),
+                                  `loss` and the gradient with respect to each attention projection, `<module path>.weight`
 
     python export_unets.py --out FOLDER KEY...             make fixtures that are not there yet; `all` is the matrix
     python export_unets.py sd15 --exporter torchscript17 --out FOLDER      make the full-size Stable Diffusion 1.5
 """
 
 import argparse
+import copy
 import functools
 import logging
 import multiprocessing
@@ -338,6 +341,7 @@ class Fixture:
                 tensors = {**inputs, OUTPUT: output}
                 reference.update({f"{index}.{name}": value.contiguous() for name, value in tensors.items()})
             save_file(reference, folder / "reference.safetensors")
+            save_file(gradients(unet, next(self.cases(unet))), folder / "gradients.safetensors")
         processor = AttnProcessor() if self.exporter.startswith("fused") else AttnProcessor2_0()
         processors = dict.fromkeys(unet.attn_processors, processor)
         if self.to_kv:
@@ -347,6 +351,25 @@ class Fixture:
                     processors[f"{name}.processor"] = FusedAttnProcessor2_0()
         unet.set_attn_processor(processors)
         EXPORTERS[self.exporter](unet, folder / "model.onnx")
+
+
+def gradients(unet, inputs, seed=2):
+    """The loss of a random target and its gradients, computed in float32 also for narrower weights."""
+    unet = copy.deepcopy(unet).float().requires_grad_()
+    inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    generator = torch.Generator().manual_seed(seed)
+    named = {
+        name: parameter
+        for name, parameter in unet.named_parameters()
+        if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+    }
+    output = Call(unet)(**inputs)
+    target = torch.randn(output.shape, generator=generator)
+    weight = torch.rand(len(output), generator=generator) + 0.5
+    loss = (weight * ((output - target) ** 2).mean(dim=tuple(range(1, output.ndim)))).sum()
+    found = torch.autograd.grad(loss, list(named.values()))
+    tensors = {"target": target, "weight": weight, "loss": loss.detach()[None]}
+    return tensors | {name: gradient.contiguous() for name, gradient in zip(named, found)}
 
 
 def matrix():
