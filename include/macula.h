@@ -339,7 +339,7 @@ typedef struct {
  * ============================================================================================================== */
 
 /**
- * Pictures that a draw made, all of one size. They never change, so any number of threads may read them.
+ * Pictures that a draw made or a file held, all of one size. They never change, so any number of threads may read them.
  */
 typedef struct macula_images macula_images;
 
@@ -361,6 +361,23 @@ typedef struct {
   uint32_t height;
 } macula_image;
 
+
+/**
+ * Reads a PNG, JPEG or WebP file as one picture of a given size: turned upright as its EXIF data says, cropped around its
+ * centre to the wanted proportions, and scaled. Transparent places become white.
+ *
+ * - `file`: path; not NULL.
+ * - `width`: pixels in a row of the result, 1 to 16,384.
+ * - `height`: rows of the result, likewise.
+ * - `out_images`: receives the picture; not NULL. Free it with `macula_images_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` for the size; `NOT_FOUND`, `IO`; `INVALID_FILE` for what is no such picture;
+ * `LIMIT_EXCEEDED` for one of more than 2^28 pixels. Any thread.
+ */
+macula_status macula_images_read(const char *file,
+                                 uint32_t width,
+                                 uint32_t height,
+                                 macula_images **out_images);
 
 /**
  * How many pictures there are.
@@ -1560,7 +1577,8 @@ macula_status macula_composition_clear(macula_pipeline *pipeline);
  */
 typedef struct {
   /**
-   * What is being done: `"denoise"`, then `"decode"` for a latent model; never NULL.
+   * What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"prior"`,
+   * `"differentiate"`, `"search"`.
    */
   const char *stage;
   /**
@@ -1758,6 +1776,151 @@ typedef struct {
 macula_status macula_pipeline_draw(macula_pipeline *pipeline,
                                    const macula_draw_options *options,
                                    macula_images **out_images);
+
+
+/* ==============================================================================================================
+ * Discovery
+ *
+ * Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
+ * (Cones, arXiv 2303.05125). The search differentiates the UNet's graph and runs the gradient as one more model; nothing
+ * is trained and the model's weights are never written.
+ * ============================================================================================================== */
+
+/**
+ * How neurons are searched for: one of `MACULA_METHOD_*`.
+ */
+typedef int32_t macula_method;
+
+/**
+ * What is to be found, and how.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Pictures of the subject, all of one size that the model draws; `picture_count` of them; not NULL. A file is read
+   * by `macula_images_read`. Default: `NULL`.
+   */
+  const macula_image *pictures;
+  /**
+   * How many pictures, at least 1; 3 to 6 are usual. Default: `0`.
+   */
+  size_t picture_count;
+  /**
+   * The subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet; not NULL.
+   * Default: `NULL`.
+   */
+  const char *trigger;
+  /**
+   * What the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Default: `NULL`.
+   */
+  const char *class_noun;
+  /**
+   * What each picture shows, with the trigger in it, `picture_count` texts. May be NULL: `"a TRIGGER NOUN"` for all.
+   * Default: `NULL`.
+   */
+  const char *const *prompts;
+  /**
+   * Stops the search from another thread. May be NULL. Default: `NULL`.
+   */
+  const macula_cancel_token *cancel;
+  /**
+   * Is told of each batch. May be NULL. Default: `NULL`.
+   */
+  macula_progress_fn progress;
+  /**
+   * Given to `progress` as it is. May be NULL. Default: `NULL`.
+   */
+  void *progress_userdata;
+  /**
+   * Share of the K and V weights that may be shut, above 0, up to 1. Default: `0.01`.
+   */
+  double density;
+  /**
+   * The same seed gives the same neurons on any number of threads. Default: `0`.
+   */
+  uint64_t seed;
+  /**
+   * Batches of the search, at least 1. Default: `60`.
+   */
+  uint32_t batches;
+  /**
+   * Noisy pictures in a batch, at least 1. Default: `8`.
+   */
+  uint32_t batch;
+  /**
+   * Noisy pictures that are run at a time: memory grows with it. Must divide `batch`; 0 for the whole batch.
+   * Default: `0`.
+   */
+  uint32_t lot;
+  /**
+   * Global scope: pictures of the class that the model draws first and must go on drawing alike; 0 for none.
+   * Default: `12`.
+   */
+  uint32_t prior_pictures;
+  /**
+   * Where the neurons are to act; `MACULA_SCOPE_DEFAULT` is local. Default: `MACULA_SCOPE_DEFAULT`.
+   */
+  macula_scope scope;
+  /**
+   * How they are searched for. Default: `MACULA_METHOD_DEFAULT`.
+   */
+  macula_method method;
+  /**
+   * 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
+   */
+  int32_t save_memory;
+  /**
+   * Class for a UNet that takes one. Default: `0`.
+   */
+  int32_t class_label;
+} macula_discover_options;
+
+/**
+ * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
+ */
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0.01, 0, 60, 8, 0, 12, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0 }
+
+/**
+ * The one that lowers the held-out loss most for its bytes: at present the learnt mask.
+ */
+#define MACULA_METHOD_DEFAULT 0
+
+/**
+ * The mean first-order saliency, one cut (Algorithm 1 of Cones with rho = 0). Good at densities of 0.2 % and below.
+ */
+#define MACULA_METHOD_SALIENCY 1
+
+/**
+ * Stages of growing size, scored anew between them.
+ */
+#define MACULA_METHOD_GRADUAL 2
+
+/**
+ * A mask learnt by gradient descent, of at most the given density.
+ */
+#define MACULA_METHOD_LEARNT_MASK 3
+
+
+/**
+ * Finds the neurons of a subject.
+ *
+ * - `pipeline`: a live pipeline; not NULL. The UNet's file is read again. What is composed and ablated does not act
+ *   during the search, and is as before after it.
+ * - `options`: what is to be found; not NULL, because pictures and words have no default.
+ * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
+ * the trigger, a number outside its range; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there;
+ * `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a derivative
+ * rule, named with its node; `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job. After any of them
+ * the pipeline draws as before. Any thread; blocks until it is done.
+ */
+macula_status macula_discover(macula_pipeline *pipeline,
+                              const macula_discover_options *options,
+                              macula_concept **out_concept);
 
 
 /* ==============================================================================================================

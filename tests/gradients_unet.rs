@@ -69,19 +69,24 @@ fn agrees_with_torch(folder: &Path, effort: Effort, bound: f32) {
     let expected = unets::tensors(&folder.join("gradients.safetensors"));
     let text = &reference[&format!("0.{TEXT_INPUT}")];
     let rows = match text.dtype {
-        safetensors::Dtype::F16 => text.data.as_chunks::<2>().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        safetensors::Dtype::F16 => {
+            text.data.as_chunks::<2>().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
+        }
         _ => f32s(&text.data),
     };
     let mut inputs: Vec<(String, Tensor)> = given
         .iter()
         .map(|(name, data_type)| (name.clone(), as_input(&reference[&format!("0.{name}")], *data_type)))
         .collect();
-    let types: Vec<DataType> = model.graph().input.iter().rev().take(found.len()).map(|i| graph::element_type(i).unwrap()).collect();
+    let types: Vec<DataType> =
+        model.graph().input.iter().rev().take(found.len()).map(|i| graph::element_type(i).unwrap()).collect();
     for (input, projection) in keys_and_values.iter().zip(&found) {
         let tensors = unets::tensors(&folder.join("weights.safetensors"));
         let stored = &tensors[&format!("{}.weight", projection.path)];
         let weight: Vec<f32> = match stored.dtype {
-            safetensors::Dtype::F16 => stored.data.as_chunks::<2>().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect(),
+            safetensors::Dtype::F16 => {
+                stored.data.as_chunks::<2>().0.iter().map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
+            }
             _ => f32s(&stored.data),
         };
         let bias = projection.read_bias(&model).unwrap();
@@ -89,15 +94,21 @@ fn agrees_with_torch(folder: &Path, effort: Effort, bound: f32) {
             .chunks_exact(projection.in_features)
             .flat_map(|row| {
                 let bias = bias.clone();
-                weight.chunks_exact(projection.in_features).enumerate().map(move |(column, w)| {
-                    let sum: f64 = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    sum + bias.as_ref().map_or(0.0, |bias| f64::from(bias[column]))
-                }).collect::<Vec<_>>()
+                weight
+                    .chunks_exact(projection.in_features)
+                    .enumerate()
+                    .map(move |(column, w)| {
+                        let sum: f64 = row.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        sum + bias.as_ref().map_or(0.0, |bias| f64::from(bias[column]))
+                    })
+                    .collect::<Vec<_>>()
             })
             .collect();
         let shape = [text.shape[0], text.shape[1], input.out_features];
         let tensor = match types[0] {
-            DataType::Float16 => Tensor::from_vec(&shape, values.iter().map(|&v| half::f16::from_f64(v)).collect::<Vec<_>>()),
+            DataType::Float16 => {
+                Tensor::from_vec(&shape, values.iter().map(|&v| half::f16::from_f64(v)).collect::<Vec<_>>())
+            }
             _ => Tensor::from_vec(&shape, values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
         };
         inputs.push((input.name.clone(), tensor.unwrap()));

@@ -54,7 +54,7 @@ pub struct macula_concept {
 object!(macula_concept, 3);
 
 impl macula_concept {
-    fn new(concept: Concept) -> Self {
+    pub(super) fn new(concept: Concept) -> Self {
         let metadata = &concept.metadata;
         Self {
             fingerprint: c_text(&metadata.base.to_string()),

@@ -48,7 +48,8 @@ pub const MACULA_SAMPLER_LCM: macula_sampler = 6;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct macula_progress {
-    /// What is being done: `"denoise"`, then `"decode"` for a latent model; never NULL.
+    /// What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"prior"`,
+    /// `"differentiate"`, `"search"`.
     pub stage: *const c_char,
     /// Steps done of this stage, 0 to `total`.
     pub done: u64,
@@ -331,7 +332,7 @@ pub(super) struct Teller {
 }
 
 impl Teller {
-    fn tell(
+    pub(super) fn tell(
         &self,
         stage: &std::ffi::CStr,
         done: u64,

@@ -6,7 +6,7 @@ use std::ffi::c_char;
 
 use super::argument::{out, path, reference, slice};
 use super::guard::{guard, guard_free};
-use super::handle::object;
+use super::handle::{Object, object};
 use super::status::macula_status;
 use crate::diffusion::pipeline::Images;
 use crate::error::{Error, Result};
@@ -51,11 +51,37 @@ impl macula_image {
     }
 }
 
-/// Pictures that a draw made, all of one size. They never change, so any number of threads may read them.
+/// Pictures that a draw made or a file held, all of one size. They never change, so any number of threads may read them.
 pub struct macula_images {
     pub(super) images: Images,
 }
 object!(macula_images, 5);
+
+/// Reads a PNG, JPEG or WebP file as one picture of a given size: turned upright as its EXIF data says, cropped around its
+/// centre to the wanted proportions, and scaled. Transparent places become white.
+///
+/// - `file`: path; not NULL.
+/// - `width`: pixels in a row of the result, 1 to 16,384.
+/// - `height`: rows of the result, likewise.
+/// - `out_images`: receives the picture; not NULL. Free it with `macula_images_free`.
+///
+/// Errors: `INVALID_ARGUMENT` for the size; `NOT_FOUND`, `IO`; `INVALID_FILE` for what is no such picture;
+/// `LIMIT_EXCEEDED` for one of more than 2^28 pixels. Any thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn macula_images_read(
+    file: *const c_char,
+    width: u32,
+    height: u32,
+    out_images: *mut *mut macula_images,
+) -> macula_status {
+    guard("macula_images_read", |_| {
+        // SAFETY: valid as the header asks.
+        let (file, out_images) = unsafe { (path(file, "file")?, out(out_images, "out_images")?) };
+        let images = Images::read(file, width as usize, height as usize)?;
+        out_images.set(macula_images::table().insert(macula_images { images }));
+        Ok(())
+    })
+}
 
 /// How many pictures there are.
 ///

@@ -26,6 +26,7 @@ pub mod cancel;
 pub mod composition;
 pub mod concept;
 pub mod denoise;
+pub mod discovery;
 pub mod draw;
 pub mod image;
 pub mod log;

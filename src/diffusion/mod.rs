@@ -8,6 +8,6 @@ mod folder;
 pub mod guidance;
 pub mod noise;
 pub mod pipeline;
-mod precision;
+pub(crate) mod precision;
 pub mod schedule;
 pub mod unet;

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::runtime::{ElementType, Tensor};
 
 /// A copy of the values, widened exactly.
-pub(super) fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {
+pub(crate) fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {
     let mut values = Vec::new();
     values.try_reserve_exact(tensor.len())?;
     values.resize(tensor.len(), 0.0);
@@ -22,7 +22,7 @@ pub(super) fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Writes values into a tensor of as many elements, rounded to nearest.
-pub(super) fn write_f32(values: &[f32], tensor: &mut Tensor) -> Result<()> {
+pub(crate) fn write_f32(values: &[f32], tensor: &mut Tensor) -> Result<()> {
     if values.len() != tensor.len() {
         return Err(Error::invalid_argument(format!("{} values for a tensor of {:?}", values.len(), tensor.shape())));
     }
@@ -36,7 +36,7 @@ pub(super) fn write_f32(values: &[f32], tensor: &mut Tensor) -> Result<()> {
 }
 
 /// A tensor of that type holding the values.
-pub(super) fn from_f32(dtype: ElementType, shape: &[usize], values: &[f32]) -> Result<Tensor> {
+pub(crate) fn from_f32(dtype: ElementType, shape: &[usize], values: &[f32]) -> Result<Tensor> {
     let mut tensor = Tensor::zeros(dtype, shape)?;
     write_f32(values, &mut tensor)?;
     Ok(tensor)

@@ -356,6 +356,44 @@ impl Unet {
         timestep: f64,
         cancel: &CancelToken,
     ) -> Result<Vec<f32>> {
+        self.predict(sample, shape, &[timestep], cancel)
+    }
+
+    /// Whether each state of a batch may be at a timestep of its own: see [`Unet::denoise_each`].
+    pub fn takes_timesteps(&self) -> bool {
+        let dims = self.session.input(TIMESTEP).map(|port| port.dims.clone()).unwrap_or_default();
+        dims.first().is_some_and(|dim| *dim != Dimension::Fixed(1))
+    }
+
+    /// As [`Unet::denoise`] with a timestep for each state of the batch.
+    ///
+    /// # Errors
+    /// As [`Unet::denoise`]; [`Status::InvalidArgument`] unless there is one timestep a state;
+    /// [`Status::Unsupported`] for several states if [`Unet::takes_timesteps`] is false.
+    pub fn denoise_each(
+        &mut self,
+        sample: &[f32],
+        shape: [usize; 4],
+        timesteps: &[f64],
+        cancel: &CancelToken,
+    ) -> Result<Vec<f32>> {
+        if timesteps.len() != shape[0] {
+            return Err(Error::invalid_argument(format!("{} timesteps for {} states", timesteps.len(), shape[0])));
+        }
+        if shape[0] > 1 && !self.takes_timesteps() {
+            return Err(Error::unsupported("this UNet takes one timestep for all states of a batch"));
+        }
+        self.predict(sample, shape, timesteps, cancel)
+    }
+
+    /// One prediction at one timestep, or at one for each state.
+    fn predict(
+        &mut self,
+        sample: &[f32],
+        shape: [usize; 4],
+        timesteps: &[f64],
+        cancel: &CancelToken,
+    ) -> Result<Vec<f32>> {
         self.write_keys_values()?;
         let Some(prompt) = &mut self.prompt else { return Err(no_conditioning()) };
         let elements = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size));
@@ -371,7 +409,7 @@ impl Unet {
                 shape[0], prompt.batch
             )));
         }
-        if !timestep.is_finite() {
+        if let Some(timestep) = timesteps.iter().find(|timestep| !timestep.is_finite()) {
             return Err(Error::invalid_argument(format!("{TIMESTEP:?} is {timestep}")));
         }
         let (sample_type, timestep_port) = {
@@ -393,7 +431,7 @@ impl Unet {
         };
         prompt.shape = None;
         precision::write_f32(sample, &mut tensor)?;
-        let time = timestep_tensor(timestep_port, shape[0], timestep)?;
+        let time = timestep_tensor(timestep_port, shape[0], timesteps)?;
         self.binding.bind_input(SAMPLE, tensor)?;
         prompt.shape = Some(shape);
         self.binding.bind_input(TIMESTEP, time)?;
@@ -564,7 +602,8 @@ fn write_keys_values(
     written
 }
 
-fn timestep_tensor(port: &Port, batch: usize, timestep: f64) -> Result<Tensor> {
+/// The timestep input: one number for all states, or one for each (`timesteps` has one number, or one a state).
+fn timestep_tensor(port: &Port, batch: usize, timesteps: &[f64]) -> Result<Tensor> {
     let shape: &[usize] = match port.dims.first() {
         None => &[],
         Some(Dimension::Fixed(1)) => &[1],
@@ -572,11 +611,12 @@ fn timestep_tensor(port: &Port, batch: usize, timestep: f64) -> Result<Tensor> {
     };
     port.check(port.dtype, shape)?;
     let count = shape.first().copied().unwrap_or(1);
+    let each = timesteps.iter().copied().cycle().take(count);
     match port.dtype {
-        ElementType::I64 => Tensor::from_vec(shape, vec![timestep.round_ties_even() as i64; count]),
-        ElementType::I32 => Tensor::from_vec(shape, vec![timestep.round_ties_even() as i32; count]),
-        ElementType::F64 => Tensor::from_vec(shape, vec![timestep; count]),
-        dtype => precision::from_f32(dtype, shape, &vec![timestep as f32; count]),
+        ElementType::I64 => Tensor::from_vec(shape, each.map(|t| t.round_ties_even() as i64).collect()),
+        ElementType::I32 => Tensor::from_vec(shape, each.map(|t| t.round_ties_even() as i32).collect()),
+        ElementType::F64 => Tensor::from_vec(shape, each.collect()),
+        dtype => precision::from_f32(dtype, shape, &each.map(|t| t as f32).collect::<Vec<_>>()),
     }
 }
 

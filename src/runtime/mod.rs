@@ -17,8 +17,8 @@ use std::fmt;
 use std::path::Path;
 
 pub use binding::Binding;
-pub use observe::observe;
 pub use library::{ApiBase, LIBRARY_VARIABLE, LogSink, RuntimeOptions};
+pub use observe::observe;
 pub use provider::{
     ArenaGrowth, ConvolutionSearch, CudaOptions, Provider, ProviderKind, ShapeProfile, TensorRtOptions,
 };

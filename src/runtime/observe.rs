@@ -58,7 +58,8 @@ pub fn observe(
     let answers = session.run(&inputs, &outputs, cancel)?;
     let mut found = Observation::default();
     for (value, answer) in sizes.keys().zip(&answers) {
-        let size = |&size: &i64| usize::try_from(size).map_err(|_| Error::invalid_file(format!("{value:?} has size {size}")));
+        let size =
+            |&size: &i64| usize::try_from(size).map_err(|_| Error::invalid_file(format!("{value:?} has size {size}")));
         found.sizes.insert(value.clone(), answer.as_slice::<i64>()?.iter().map(size).collect::<Result<_>>()?);
     }
     for (value, answer) in numbers.keys().zip(&answers[sizes.len()..]) {

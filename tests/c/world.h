@@ -42,6 +42,7 @@ PLAIN_FILL(macula_pipeline_options)
 PLAIN_FILL(macula_pipeline_info)
 PLAIN_FILL(macula_embedding_info)
 PLAIN_FILL(macula_memory_info)
+PLAIN_FILL(macula_discover_options)
 
 static inline macula_concept_options *world_fill_macula_concept_options(macula_concept_options *filled) {
   filled->fingerprint = BASE_A;

@@ -1,6 +1,7 @@
-//! `cargo xtask demo`: the main job, done by a C host, with a picture at the end.
+//! `cargo xtask demo`: the main job, done by C hosts, with a picture at the end.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -8,31 +9,55 @@ use anyhow::{Context, Result};
 use crate::place::{cargo, out, root, step, target};
 use crate::python;
 
-/// Builds the library, compiles the C example against the header, and draws `out/demo.png`.
+/// The subjects that are found: folder of pictures, trigger, class noun.
+const SUBJECTS: [(&str, &str, &str); 2] = [("green-apple", "<s1>", "apple"), ("octopus", "<s2>", "animal")];
+
+/// Builds the library, compiles the C examples against the header, finds two subjects in pictures of them, and draws
+/// `out/demo.png` with what was found.
 pub fn run() -> Result<()> {
     let runtime = python::onnxruntime()?;
     step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
-    let program = compile_example("compose")?;
-    let picture = out()?.join("demo.png");
+    let (discover, compose) = (compile_example("discover")?, compile_example("compose")?);
     let models = root().join("models");
-    let draw = &mut Command::new(program);
-    draw.env("MACULA_ONNXRUNTIME", runtime).arg(models.join("emoji/onnx"));
-    for concept in ["green-apple", "octopus", "erase-tiger"] {
-        draw.arg(models.join("concepts").join(concept).with_extension("safetensors"));
+    let model = models.join("emoji/onnx");
+    let mut concepts = Vec::new();
+    for (name, trigger, noun) in SUBJECTS {
+        let pictures = lay_out(&models.join("emoji/subjects").join(name), &out()?.join("pictures").join(name))?;
+        let concept = out()?.join(name).with_extension("safetensors");
+        let find = &mut Command::new(&discover);
+        find.env("MACULA_ONNXRUNTIME", &runtime).arg(&model).arg(pictures).args([trigger, noun]).arg(&concept);
+        // At half the size the search is four times faster, and what it finds holds at the full one.
+        find.args(["--side", "32", "--class", "4"]);
+        step(&format!("find the neurons of {trigger} {noun}, the {name}"), find)?;
+        concepts.push(concept);
     }
-    draw.arg(&picture);
+    concepts.push(models.join("concepts/erase-tiger.safetensors"));
+    let picture = out()?.join("demo.png");
+    let draw = &mut Command::new(compose);
+    draw.env("MACULA_ONNXRUNTIME", runtime).arg(model).args(concepts).arg(&picture);
     step("draw", draw)?;
     println!("The picture is {}", picture.display());
     Ok(())
+}
+
+/// Copies the pictures to learn from into a folder of their own: a subject's folder also holds those to test on.
+fn lay_out(subject: &Path, folder: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    for number in 1..=4 {
+        let name = format!("{number}.png");
+        fs::copy(subject.join(&name), folder.join(&name))
+            .with_context(|| format!("copy {name} of {}", subject.display()))?;
+    }
+    Ok(folder.to_owned())
 }
 
 /// Compiles `examples/c/<name>.c` against the header and the release library, which stands beside the program under its
 /// SONAME, as in an installed tree.
 fn compile_example(name: &str) -> Result<PathBuf> {
     let folder = target()?.join("examples-c");
-    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let library = folder.join("libmacula.so.0");
-    std::fs::copy(target()?.join("release/libmacula.so"), &library).context("copy the library")?;
+    fs::copy(target()?.join("release/libmacula.so"), &library).context("copy the library")?;
     let program = folder.join(name);
     let compile = &mut Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into()));
     compile.args(["-std=c11", "-O2", "-Wall", "-Wextra", "-I"]).arg(root().join("include"));

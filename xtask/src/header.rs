@@ -23,6 +23,7 @@ const SECTIONS: &[&str] = &[
     "pipeline",
     "composition",
     "draw",
+    "discovery",
     "denoise",
     "memory",
 ];

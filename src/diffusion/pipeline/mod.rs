@@ -17,7 +17,7 @@ mod text;
 mod tokenizer;
 mod vae;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -196,6 +196,18 @@ pub struct Pipeline {
     embeddings: Vec<(String, usize, Arc<Embedding>)>,
     /// What [`Pipeline::denoise`] set up last, so that the steps after the first compute no keys and values.
     stepped: Option<(Conditioning, usize, Option<String>)>,
+    source: UnetSource,
+}
+
+/// Where the UNet came from: whoever differentiates it opens its file again.
+#[derive(Clone)]
+pub struct UnetSource {
+    /// What runs it.
+    pub runtime: Runtime,
+    /// Its file.
+    pub path: PathBuf,
+    /// How it was opened.
+    pub options: UnetOptions,
 }
 
 impl Pipeline {
@@ -222,7 +234,9 @@ impl Pipeline {
         };
         let (decoder, encoder) = (vae("vae_decoder")?, vae("vae_encoder")?);
         let unet_folder = required(&folder, "unet")?;
-        let unet = Unet::open(runtime, unet_folder.path("model.onnx"), options)?;
+        let source =
+            UnetSource { runtime: runtime.clone(), path: unet_folder.path("model.onnx"), options: options.clone() };
+        let unet = Unet::open(runtime, &source.path, options)?;
         let config = unet_folder.json("config.json")?.unwrap_or(Value::Null);
         let info = describe(&unet, &config, &encoders, decoder.as_ref(), encoder.as_ref())
             .map_err(|error| error.at(unet_folder.name("config.json")))?;
@@ -237,7 +251,13 @@ impl Pipeline {
             concepts: Vec::new(),
             embeddings: Vec::new(),
             stepped: None,
+            source,
         })
+    }
+
+    /// Where the UNet came from.
+    pub fn unet_source(&self) -> &UnetSource {
+        &self.source
     }
 
     /// Sizes and the like.
@@ -520,6 +540,46 @@ impl Pipeline {
         images.ok_or_else(|| Error::invalid_argument("there are no latents to decode"))
     }
 
+    /// Clean states of images: scaled latents, or the pixels themselves in `[-1, 1]` for a model in pixel space; and their
+    /// shape `[count, C, h, w]`.
+    ///
+    /// # Errors
+    /// [`crate::Status::NotFound`] if the folder has a VAE but no encoder; those of the encoder;
+    /// [`crate::Status::Cancelled`].
+    pub fn encode_images(&self, images: &Images, cancel: &CancelToken) -> Result<(Vec<f32>, [usize; 4])> {
+        let planes = images.to_planes()?;
+        let shape = [images.count, 3, images.height, images.width];
+        match (&self.encoder, &self.decoder) {
+            (Some(encoder), _) => encoder.encode(&planes, shape, self.info.latent_channels, cancel),
+            (None, None) => Ok((planes, shape)),
+            (None, Some(_)) => Err(Error::not_found("images can't be encoded: the folder has no vae_encoder")),
+        }
+    }
+
+    /// What the UNet is conditioned on for images of these prompts, one entry a prompt, all encoded to one length; and the
+    /// encodings, which tell where a word stands.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::encode_prompt`]; [`crate::Status::InvalidArgument`] for a model without text.
+    pub fn condition(
+        &mut self,
+        prompts: &[String],
+        class_label: i64,
+        (height, width): (usize, usize),
+        cancel: &CancelToken,
+    ) -> Result<(Conditioning, Vec<Arc<Embedding>>)> {
+        if self.encoders.is_empty() || prompts.is_empty() {
+            return Err(Error::invalid_argument("there is no prompt, or the model takes no text"));
+        }
+        let mut options = DrawOptions::new("");
+        options.prompts = prompts.to_vec();
+        options.guidance = Guidance { scale: 1.0, rescale: 0.0 };
+        options.class_label = class_label;
+        let texts = self.texts(&options, false, cancel)?;
+        let conditioning = self.conditioning(&options, &texts, (height, width), self.unet.guidance_features())?;
+        Ok((conditioning, texts.prompts))
+    }
+
     /// Height and width in pixels.
     fn size(&self, options: &DrawOptions<'_>) -> Result<(usize, usize)> {
         let multiple = self.info.side_multiple;
@@ -682,23 +742,13 @@ impl Pipeline {
                         height * factor
                     )));
                 }
-                let planes = images.to_planes()?;
-                match (&self.encoder, &self.decoder) {
-                    (Some(encoder), _) => {
-                        let planes_shape = [images.count, 3, images.height, images.width];
-                        let (latents, given) = encoder.encode(&planes, planes_shape, channels, cancel)?;
-                        if given[2..] != shape[2..] {
-                            return Err(Error::unsupported(format!(
-                                "the VAE encoder gives {given:?}, the UNet takes {shape:?}"
-                            )));
-                        }
-                        latents
-                    }
-                    (None, None) => planes,
-                    (None, Some(_)) => {
-                        return Err(Error::not_found("an image can't be the start: the folder has no vae_encoder"));
-                    }
+                let (latents, given) = self.encode_images(images, cancel)?;
+                if given[2..] != shape[2..] {
+                    return Err(Error::unsupported(format!(
+                        "the VAE encoder gives {given:?}, the UNet takes {shape:?}"
+                    )));
                 }
+                latents
             }
         };
         let one = channels * height * width;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use image::codecs::png::PngEncoder;
-use image::{ExtendedColorType, ImageEncoder};
+use image::{ExtendedColorType, ImageDecoder, ImageEncoder};
 use serde_json::Value;
 
 use crate::diffusion::folder::Folder;
@@ -53,6 +53,55 @@ impl Images {
             }
         }
         Ok(Self { count, height, width, rgb })
+    }
+
+    /// Reads a PNG, JPEG or WebP file as one picture of `width` x `height` pixels: turned upright as its EXIF data says,
+    /// cropped around its centre to the wanted proportions, and scaled by bicubic filtering. Transparent places become
+    /// white.
+    ///
+    /// # Errors
+    /// [`Status::InvalidArgument`] for a size of 0 or above 16,384; [`Status::NotFound`] and [`Status::Io`];
+    /// [`Status::InvalidFile`] for what is no such picture; [`Status::LimitExceeded`] for one of more than 2^28 pixels.
+    pub fn read(path: impl AsRef<Path>, width: usize, height: usize) -> Result<Self> {
+        let path = path.as_ref();
+        Self::decode(path, width, height).map_err(|error| error.at(path.display()))
+    }
+
+    fn decode(path: &Path, width: usize, height: usize) -> Result<Self> {
+        const MOST: u32 = 1 << 14;
+        let side = |side: usize| u32::try_from(side).ok().filter(|side| (1..=MOST).contains(side));
+        let (Some(columns), Some(rows)) = (side(width), side(height)) else {
+            return Err(Error::invalid_argument(format!(
+                "a picture of {width} x {height} pixels: sides are 1..={MOST}"
+            )));
+        };
+        let unreadable = |error: image::ImageError| match error {
+            image::ImageError::IoError(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Error::not_found("there is no such file").caused_by(error)
+            }
+            image::ImageError::IoError(error) => Error::io("read the picture", error),
+            image::ImageError::Limits(error) => Error::limit_exceeded(format!("the picture is too large: {error}")),
+            error => Error::invalid_file(format!("no PNG, JPEG or WebP picture: {error}")).caused_by(error),
+        };
+        let mut reader = image::ImageReader::open(path)
+            .and_then(image::ImageReader::with_guessed_format)
+            .map_err(|error| unreadable(image::ImageError::IoError(error)))?;
+        let mut limits = image::Limits::default();
+        limits.max_alloc = Some(1 << 30);
+        reader.limits(limits);
+        let mut decoder = reader.into_decoder().map_err(unreadable)?;
+        let (columns_there, rows_there) = decoder.dimensions();
+        if u64::from(columns_there) * u64::from(rows_there) > 1 << 28 {
+            return Err(Error::limit_exceeded(format!("a picture of {columns_there} x {rows_there} pixels")));
+        }
+        let orientation = decoder.orientation().map_err(unreadable)?;
+        let mut picture = image::DynamicImage::from_decoder(decoder).map_err(unreadable)?;
+        picture.apply_orientation(orientation);
+        let mut ground = image::RgbaImage::from_pixel(picture.width(), picture.height(), image::Rgba([255; 4]));
+        image::imageops::overlay(&mut ground, &picture.to_rgba8(), 0, 0);
+        let filter = image::imageops::FilterType::CatmullRom;
+        let rgb = image::DynamicImage::ImageRgba8(ground).resize_to_fill(columns, rows, filter).to_rgb8().into_raw();
+        Ok(Self { count: 1, height, width, rgb })
     }
 
     /// Writes one picture as a PNG file: to a temporary file beside it, then renamed.

@@ -91,11 +91,9 @@ impl Graph {
         let outputs: Vec<Expr> = outputs
             .iter()
             .map(|data_type| match data_type {
-                Some(data_type) => Expr {
-                    graph: self.clone(),
-                    name: emitter.names.fresh(&wish).into(),
-                    data_type: *data_type,
-                },
+                Some(data_type) => {
+                    Expr { graph: self.clone(), name: emitter.names.fresh(&wish).into(), data_type: *data_type }
+                }
                 None => Expr { graph: self.clone(), name: "".into(), data_type: DataType::Undefined },
             })
             .collect();
@@ -180,12 +178,7 @@ impl Expr {
     }
 
     /// As [`Expr::op`], with attributes.
-    pub(super) fn op_with(
-        &self,
-        op_type: &str,
-        others: &[&Expr],
-        finish: impl FnOnce(NodeProto) -> NodeProto,
-    ) -> Expr {
+    pub(super) fn op_with(&self, op_type: &str, others: &[&Expr], finish: impl FnOnce(NodeProto) -> NodeProto) -> Expr {
         let inputs: Vec<&Expr> = std::iter::once(self).chain(others.iter().copied()).collect();
         self.graph.node(op_type, &inputs, self.data_type, finish)
     }

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 
 use expr::Graph;
 pub use facts::{Facts, Observation, Questions, questions};
-pub use loss::mean_squared_error;
+pub use loss::{MeanSquaredError, mean_squared_error};
 use path::Path;
 use site::{Site, Sweep, describe};
 

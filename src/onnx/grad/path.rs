@@ -35,7 +35,12 @@ impl<'g> Path<'g> {
             }
         }
         let differentiable = |value: &str| types.get(value).is_none_or(|data_type| data_type.is_float());
-        let names: HashMap<&str, &'g str> = graph.node.iter().flat_map(|node| node.input.iter().chain(&node.output)).map(|name| (name.as_str(), name.as_str())).collect();
+        let names: HashMap<&str, &'g str> = graph
+            .node
+            .iter()
+            .flat_map(|node| node.input.iter().chain(&node.output))
+            .map(|name| (name.as_str(), name.as_str()))
+            .collect();
         let mut live: HashSet<&'g str> = wrt.iter().filter_map(|value| names.get(value).copied()).collect();
         let before = topology.before([output], []);
         let mut nodes = vec![false; graph.node.len()];
@@ -44,7 +49,9 @@ impl<'g> Path<'g> {
                 || crate::onnx::graph::captured(node).iter().any(|value| live.contains(value));
             if reached && !rules::is_flat(node) {
                 nodes[index] = before[index];
-                live.extend(node.output.iter().map(String::as_str).filter(|value| !value.is_empty() && differentiable(value)));
+                live.extend(
+                    node.output.iter().map(String::as_str).filter(|value| !value.is_empty() && differentiable(value)),
+                );
             }
         }
         let depends = topology.before([output], []);

@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
+use super::Effort;
 use super::expr::{Expr, Graph, zeros};
 use super::facts::{Facts, Size};
 use super::path::Path;
-use super::Effort;
 use crate::error::{Error, Result};
 use crate::onnx::graph::Topology;
 use crate::onnx::model::Model;
@@ -173,7 +173,10 @@ impl<'s> Site<'s> {
     }
 
     fn unknown(&self, value: &str) -> Error {
-        Error::invalid_argument(format!("{}: the run that was observed does not show the sizes of {value:?}", self.name()))
+        Error::invalid_argument(format!(
+            "{}: the run that was observed does not show the sizes of {value:?}",
+            self.name()
+        ))
     }
 
     /// The sizes of input `index` as a value, constant where they are fixed.
@@ -232,7 +235,9 @@ impl<'s> Site<'s> {
         }
         Err(match self.sweep.facts.varies(input) {
             true => self.unsupported(&format!("its {name} {input:?} differ between the runs that were observed")),
-            false => Error::invalid_argument(format!("{}: the run that was observed does not show {input:?}", self.name())),
+            false => {
+                Error::invalid_argument(format!("{}: the run that was observed does not show {input:?}", self.name()))
+            }
         })
     }
 

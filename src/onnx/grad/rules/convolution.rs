@@ -28,9 +28,7 @@ fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<
     let ints = |name, default: i64| match at.node.attribute_ints(name) {
         Some(values) if values.len() == axes => Ok(values.to_vec()),
         None => Ok(vec![default; axes]),
-        Some(values) => {
-            Err(Error::invalid_file(format!("{}: {} {name} for {axes} axes", at.name(), values.len())))
-        }
+        Some(values) => Err(Error::invalid_file(format!("{}: {} {name} for {axes} axes", at.name(), values.len()))),
     };
     let (strides, dilations) = (ints("strides", 1)?, ints("dilations", 1)?);
     let pads = match at.text("auto_pad", "NOTSET") {
@@ -113,7 +111,8 @@ fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], 
     }
     // A transposed convolution may add less than a stride; what goes beyond are places without any cotangent.
     let added: Vec<i64> = rest.iter().zip(&window.strides).map(|(&rest, &stride)| rest.clamp(0, stride - 1)).collect();
-    let spread = dy.op_with("ConvTranspose", &[kernel], |node| window.on(node).with("output_padding", added.as_slice()));
+    let spread =
+        dy.op_with("ConvTranspose", &[kernel], |node| window.on(node).with("output_padding", added.as_slice()));
     let beyond: Vec<i64> = rest.iter().zip(&added).map(|(&rest, &added)| rest - added).collect();
     if beyond.iter().all(|&count| count == 0) {
         return Ok(spread);

@@ -143,4 +143,3 @@ fn spread(at: &Site, value: Expr, axis: usize, rank: usize, places: &[i64], size
     let picks = at.graph().ints(&picks);
     at.graph().node("Gather", &[&padded, &picks], value.data_type, |node| node.with("axis", axis as i64))
 }
-

@@ -23,9 +23,9 @@ fn resize(at: &Site) -> Result<()> {
     }
     let count: i64 = factors.iter().product();
     at.give(0, || {
-        at.dy().op_with("AveragePool", &[], |node| {
-            node.with("kernel_shape", &factors[2..]).with("strides", &factors[2..])
-        }) * count as f64
+        at.dy()
+            .op_with("AveragePool", &[], |node| node.with("kernel_shape", &factors[2..]).with("strides", &factors[2..]))
+            * count as f64
     });
     Ok(())
 }

@@ -1,0 +1,182 @@
+/*
+ * Finds the concept neurons of a subject from a folder of pictures, and writes them as a concept file.
+ *
+ *   discover MODEL PICTURES TRIGGER NOUN OUT.safetensors [options]
+ *     --density P     share of the weights that may be shut  (0.01)
+ *     --batches N     batches of the search                  (60)
+ *     --batch N       noisy pictures in a batch              (8)
+ *     --side N        pixels of a side; 0 for the model's    (0)
+ *     --class N       class label, for a UNet that takes one (0)
+ *     --scope NAME    global or local                        (local)
+ *     --seed N                                               (0)
+ *
+ * PICTURES holds PNG, JPEG or WebP files of one subject. TRIGGER is a word of the model's tokenizer that stands for nothing
+ * yet, NOUN what the subject is: afterwards "a TRIGGER NOUN" draws it when the concept is composed. Ctrl-C ends the
+ * search and leaves no file.
+ *
+ *   cc -std=c11 -I include examples/c/discover.c -L target/release -lmacula -o discover
+ */
+#define _POSIX_C_SOURCE 200809L
+
+#include <macula.h>
+
+#include <dirent.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <time.h>
+
+enum { MOST_PICTURES = 64 };
+
+static volatile sig_atomic_t interrupted;
+
+static void interrupt(int signal_number) {
+  (void)signal_number;
+  interrupted = 1;
+}
+
+static double seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+/* When the present stage began, for the time that is left. */
+typedef struct {
+  char stage[32];
+  double began;
+} clock_of_stage;
+
+static int32_t show_progress(void *userdata, const macula_progress *progress) {
+  clock_of_stage *stage = userdata;
+  if (strcmp(stage->stage, progress->stage)) {
+    if (*stage->stage) fputc('\n', stderr);
+    snprintf(stage->stage, sizeof stage->stage, "%s", progress->stage);
+    stage->began = seconds();
+  }
+  fprintf(stderr, "\r%s %llu of %llu", progress->stage, (unsigned long long)progress->done,
+          (unsigned long long)progress->total);
+  if (progress->done) {
+    double each = (seconds() - stage->began) / (double)progress->done;
+    fprintf(stderr, ", %.0f s left ", each * (double)(progress->total - progress->done));
+  }
+  return interrupted;
+}
+
+static int is_picture(const char *name) {
+  static const char *const endings[] = {".png", ".jpg", ".jpeg", ".webp"};
+  size_t length = strlen(name);
+  for (size_t i = 0; i < sizeof endings / sizeof *endings; ++i) {
+    size_t ending = strlen(endings[i]);
+    if (length > ending && !strcasecmp(name + length - ending, endings[i])) return 1;
+  }
+  return 0;
+}
+
+static int by_name(const void *a, const void *b) {
+  return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+/* The paths of the pictures in a folder, sorted; returns how many, -1 if the folder can't be read. */
+static int list_pictures(const char *folder, char *paths[MOST_PICTURES]) {
+  DIR *opened = opendir(folder);
+  int count = 0;
+  if (!opened) return -1;
+  for (struct dirent *entry; (entry = readdir(opened)) && count < MOST_PICTURES;) {
+    size_t size = strlen(folder) + strlen(entry->d_name) + 2;
+    if (!is_picture(entry->d_name) || !(paths[count] = malloc(size))) continue;
+    snprintf(paths[count++], size, "%s/%s", folder, entry->d_name);
+  }
+  closedir(opened);
+  qsort(paths, (size_t)count, sizeof *paths, by_name);
+  return count;
+}
+
+typedef struct {
+  const char *model, *pictures, *trigger, *noun, *out;
+  macula_discover_options search;
+  unsigned side;
+} request;
+
+static int read_arguments(int count, char **values, request *wanted) {
+  if (count < 6) return 0;
+  wanted->model = values[1];
+  wanted->pictures = values[2];
+  wanted->trigger = values[3];
+  wanted->noun = values[4];
+  wanted->out = values[5];
+  for (int i = 6; i + 1 < count; i += 2) {
+    const char *name = values[i], *value = values[i + 1];
+    if (!strcmp(name, "--density")) wanted->search.density = strtod(value, NULL);
+    else if (!strcmp(name, "--batches")) wanted->search.batches = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(name, "--batch")) wanted->search.batch = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(name, "--side")) wanted->side = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(name, "--class")) wanted->search.class_label = (int)strtol(value, NULL, 10);
+    else if (!strcmp(name, "--seed")) wanted->search.seed = strtoull(value, NULL, 10);
+    else if (!strcmp(name, "--scope") && !strcmp(value, "global")) wanted->search.scope = MACULA_SCOPE_GLOBAL;
+    else if (!strcmp(name, "--scope") && !strcmp(value, "local")) wanted->search.scope = MACULA_SCOPE_LOCAL;
+    else return 0;
+  }
+  return count % 2 == 0;
+}
+
+int main(int count, char **values) {
+  request wanted = {.search = MACULA_DISCOVER_OPTIONS_INIT};
+  macula_runtime *runtime = NULL;
+  macula_pipeline *pipeline = NULL;
+  macula_concept *concept = NULL;
+  macula_pipeline_info info = MACULA_PIPELINE_INFO_INIT;
+  macula_images *files[MOST_PICTURES] = {0};
+  macula_image pictures[MOST_PICTURES];
+  char *paths[MOST_PICTURES] = {0};
+  clock_of_stage stage = {0};
+  macula_status status;
+  int found;
+
+  if (!read_arguments(count, values, &wanted)) {
+    fprintf(stderr, "usage: %s MODEL PICTURES TRIGGER NOUN OUT.safetensors [options]\n", values[0]);
+    return 2;
+  }
+  if ((found = list_pictures(wanted.pictures, paths)) <= 0) {
+    fprintf(stderr, "%s: %s\n", wanted.pictures, found ? "can't be read" : "holds no PNG, JPEG or WebP picture");
+    return 2;
+  }
+  signal(SIGINT, interrupt);
+  status = macula_runtime_create(NULL, &runtime);
+  if (!status) status = macula_pipeline_open(runtime, wanted.model, NULL, &pipeline);
+  if (!status) status = macula_pipeline_get_info(pipeline, &info);
+  for (int i = 0; i < found && !status; ++i) {
+    unsigned width = wanted.side ? wanted.side : (unsigned)info.width;
+    unsigned height = wanted.side ? wanted.side : (unsigned)info.height;
+    status = macula_images_read(paths[i], width, height, &files[i]);
+    if (!status) status = macula_images_get(files[i], 0, &pictures[i]);
+  }
+  wanted.search.pictures = pictures;
+  wanted.search.picture_count = (size_t)found;
+  wanted.search.trigger = wanted.trigger;
+  wanted.search.class_noun = wanted.noun;
+  wanted.search.progress = show_progress;
+  wanted.search.progress_userdata = &stage;
+  if (!status) status = macula_discover(pipeline, &wanted.search, &concept);
+  if (!status) status = macula_concept_save(concept, wanted.out);
+  fputc('\n', stderr);
+  if (status) {
+    fprintf(stderr, "%s\n", macula_last_error());
+  } else {
+    macula_concept_info about = MACULA_CONCEPT_INFO_INIT;
+    if (!macula_concept_get_info(concept, &about)) {
+      printf("%s: %llu neurons from %d pictures\n", wanted.out, (unsigned long long)about.neurons, found);
+    }
+  }
+
+  macula_concept_free(concept);
+  for (int i = 0; i < found; ++i) {
+    macula_images_free(files[i]);
+    free(paths[i]);
+  }
+  macula_pipeline_free(pipeline);
+  macula_runtime_free(runtime);
+  return (int)status;
+}

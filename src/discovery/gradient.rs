@@ -1,0 +1,386 @@
+//! The loss of a batch and its gradient with respect to a scale on every key and value weight.
+//!
+//! With `y = C (s ∘ W)ᵀ` the keys or values of texts `C`, and `ȳ` the gradient with respect to them, the gradient with
+//! respect to the scales is `W ∘ (ȳᵀ C)`. ONNX Runtime gives `ȳ`; the rest is done here, only for the rows on which the
+//! scales act.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ndarray::linalg::general_mat_mul;
+use ndarray::{ArrayView2, ArrayViewMut2};
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use super::draw::Batch;
+use super::search::Slope;
+use crate::concept::{Projections, Weights};
+use crate::diffusion::precision;
+use crate::diffusion::unet::Conditioning;
+use crate::error::{Error, Result, Status};
+use crate::onnx::attention::{self, KeyValueInput};
+use crate::onnx::build::{self, Dim};
+use crate::onnx::grad::{self, Effort, Facts};
+use crate::onnx::graph::element_type;
+use crate::onnx::{Limits, Model};
+use crate::progress::CancelToken;
+use crate::runtime::{ElementType, Runtime, Session, SessionOptions, Tensor, observe};
+
+/// How a gradient is made and run.
+#[derive(Clone, Debug, Default)]
+pub struct GradientOptions {
+    /// How ONNX Runtime runs it. Memory patterns are left off: they would double the peak.
+    pub session: SessionOptions,
+    /// What the model file may ask for.
+    pub limits: Limits,
+    /// Speed or memory.
+    pub effort: Effort,
+    /// States of one run; a larger batch is run in several. 0 for as many as the batch has.
+    pub lot: usize,
+    /// Threads of the products with the weights; 0 for one a core. The result does not depend on it.
+    pub threads: usize,
+}
+
+/// An input of the graph, as far as it matters for what is given.
+struct Input {
+    name: String,
+    dtype: ElementType,
+    /// Whether it has no axes.
+    scalar: bool,
+}
+
+/// A UNet with the gradient of a loss on its prediction, for states of one shape.
+pub struct KeyValueGradient {
+    session: Session,
+    texts: Texts,
+    /// What the session takes.
+    inputs: Vec<Input>,
+    names: Names,
+    gradients: Vec<String>,
+    lot: usize,
+}
+
+/// From texts to keys and values, and from their gradients to the scales'.
+struct Texts {
+    projections: Arc<Projections>,
+    /// `W` of each projection as f32, `[out, in]`.
+    weights: Vec<Vec<f32>>,
+    pool: ThreadPool,
+}
+
+/// How the graph's inputs are called.
+struct Names {
+    /// Of each projection's keys or values.
+    keys_values: Vec<KeyValueInput>,
+    loss: grad::MeanSquaredError,
+    cotangent: String,
+}
+
+const CONTEXT: &str = attention::TEXT_INPUT;
+
+impl KeyValueGradient {
+    /// Differentiates a UNet for batches like `example`.
+    ///
+    /// Errors: those of [`Model::open`], [`attention::find`], [`grad::vjp`] and [`Runtime::session`].
+    pub fn open(
+        runtime: &Runtime,
+        path: impl AsRef<Path>,
+        example: &Batch,
+        shape: [usize; 3],
+        options: &GradientOptions,
+        cancel: &CancelToken,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        Self::build(runtime, path, example, shape, options, cancel).map_err(|error| error.at(path.display()))
+    }
+
+    fn build(
+        runtime: &Runtime,
+        path: &Path,
+        example: &Batch,
+        shape: [usize; 3],
+        options: &GradientOptions,
+        cancel: &CancelToken,
+    ) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(options.threads)
+            .thread_name(|index| format!("macula-gradient-{index}"))
+            .build()
+            .map_err(|e| Error::new(Status::OutOfMemory, "threads could not be started").caused_by(e))?;
+        let mut model = Model::open(path, &options.limits)?;
+        let found = attention::find(&model, CONTEXT)?;
+        let projections = Arc::new(Projections::from_model(&model, &found)?);
+        let weights = projections.as_slice().iter().map(|one| widened(&one.weights)).collect::<Result<Vec<_>>>()?;
+        let output = model.graph().output.first().map(|info| info.name().to_owned());
+        let output = output.ok_or_else(|| Error::unsupported("the UNet has no output"))?;
+        let mut keys_values = attention::externalise(&mut model, &found)?;
+        keys_values.sort_by(|a, b| a.path.cmp(&b.path));
+        let loss = grad::mean_squared_error(&mut model, &output, 4)?;
+        let mut session_options = options.session.clone();
+        session_options.memory_pattern = false;
+        let lot = match options.lot {
+            _ if one_timestep(&model) => 1,
+            0 => example.timesteps.len(),
+            lot => lot.min(example.timesteps.len()),
+        };
+        let texts = Texts { projections, weights, pool };
+        let mut names = Names { keys_values, loss, cotangent: String::new() };
+
+        let first = example.part(0, lot);
+        let keys_values = texts.keys_values(&first.conditioning, &[], None)?;
+        let inputs = inputs_of(&model)?;
+        let given = names.tensors(&inputs, &first, shape, &keys_values)?;
+        let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        let wrt: Vec<&str> = names.keys_values.iter().map(|input| input.name.as_str()).collect();
+        let questions = grad::questions(&model, &wrt, &names.loss.loss)?;
+        let seen = observe(runtime, &model, &questions, &given, &session_options, cancel)?;
+        let gradient = grad::vjp(&model, &Facts::new(&[seen])?, &wrt, &names.loss.loss, options.effort)?;
+        let mut model = gradient.model;
+        model.edit(|edit| {
+            let kept = |name: &str| gradient.gradients.iter().any(|one| one == name) || name == names.loss.of_samples;
+            edit.graph_mut().output.retain(|info| kept(info.name()));
+            edit.drop_unused();
+            Ok(())
+        })?;
+        names.cotangent = gradient.cotangent;
+        let session = runtime.session(&model, &session_options)?;
+        let taken = |input: &Input| session.input(&input.name).is_ok();
+        let inputs = inputs_of(&model)?.into_iter().filter(taken).collect();
+        Ok(Self { session, texts, inputs, names, gradients: gradient.gradients, lot })
+    }
+
+    /// The weights that the scales act on.
+    pub fn projections(&self) -> &Arc<Projections> {
+        &self.texts.projections
+    }
+
+    /// The number of scales: of all projections in their order, `[out, in]` each.
+    pub fn len(&self) -> usize {
+        self.texts.weights.iter().map(Vec::len).sum()
+    }
+
+    /// Never: a base has at least one weight.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// States of one run.
+    pub fn lot(&self) -> usize {
+        self.lot
+    }
+
+    /// The session of the gradient.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The weighted loss of a batch at `scales [N]` and its slope. The batch is a multiple of [`KeyValueGradient::lot`].
+    ///
+    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::Cancelled`]; what the session gives.
+    pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
+        let count = batch.timesteps.len();
+        if scales.len() != self.len() || count == 0 || count % self.lot != 0 {
+            return Err(Error::invalid_argument(format!(
+                "{count} states and {} scales, expected a multiple of {} states and {} scales",
+                scales.len(),
+                self.lot,
+                self.len()
+            )));
+        }
+        let mut slope = Slope { loss: 0.0, scales: vec![0.0; self.len()] };
+        for from in (0..count).step_by(self.lot) {
+            cancel.check()?;
+            let part = batch.part(from, from + self.lot);
+            let keys_values = self.texts.keys_values(&part.conditioning, &part.rows, Some(scales))?;
+            let given = self.names.tensors(&self.inputs, &part, shape, &keys_values)?;
+            let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
+            let losses = &self.names.loss.of_samples;
+            let outputs: Vec<&str> = self.gradients.iter().chain([losses]).map(String::as_str).collect();
+            let answers = self.session.run(&given, &outputs, cancel)?;
+            let losses = answers[self.gradients.len()].as_slice::<f32>()?;
+            slope.loss += losses.iter().zip(&part.weights).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            self.texts.add_slopes(&part, &answers, &mut slope.scales)?;
+        }
+        Ok(slope)
+    }
+}
+
+impl Texts {
+    /// Keys and values `[B, tokens, out]` of each projection, with `scales` acting on `rows`.
+    fn keys_values(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Vec<Vec<f32>>> {
+        let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
+        let mut values: Vec<Vec<f32>> = base.base().to_vec();
+        let Some(scales) = scales.filter(|scales| !rows.is_empty() && scales.iter().any(|&scale| scale != 1.0)) else {
+            return Ok(values);
+        };
+        let features = self.projections.in_features();
+        let touched: Vec<f32> =
+            rows.iter().flat_map(|row| &text.context[row * features..(row + 1) * features]).copied().collect();
+        let mut starts = Vec::with_capacity(values.len());
+        self.weights.iter().fold(0, |start, weights| {
+            starts.push(start);
+            start + weights.len()
+        });
+        self.pool.install(|| {
+            values.par_iter_mut().enumerate().try_for_each(|(at, values)| {
+                let projection = &self.projections.as_slice()[at];
+                let (out, weights) = (projection.out_features, &self.weights[at]);
+                let scales = &scales[starts[at]..starts[at] + weights.len()];
+                let scaled: Vec<f32> = weights.iter().zip(scales).map(|(weight, scale)| weight * scale).collect();
+                let mut product = vec![0f32; rows.len() * out];
+                multiply(&touched, [rows.len(), features], &scaled, [out, features], &mut product)?;
+                for (row, product) in rows.iter().zip(product.chunks_exact(out)) {
+                    let target = &mut values[row * out..(row + 1) * out];
+                    match &projection.bias {
+                        Some(bias) => {
+                            target.iter_mut().zip(product).zip(bias).for_each(|((to, a), b)| *to = a + b);
+                        }
+                        None => target.copy_from_slice(product),
+                    }
+                }
+                Ok::<(), Error>(())
+            })
+        })?;
+        Ok(values)
+    }
+
+    /// Adds `W ∘ (ȳᵀ C)` of the touched rows to the slope of each scale.
+    fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
+        let features = self.projections.in_features();
+        let (rows, context) = (&part.rows, &part.conditioning.context);
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let mut turned = vec![0f32; rows.len() * features];
+        for (at, row) in rows.iter().enumerate() {
+            for (feature, value) in context[row * features..(row + 1) * features].iter().enumerate() {
+                turned[feature * rows.len() + at] = *value;
+            }
+        }
+        let mut rest = slopes;
+        let mut targets = Vec::with_capacity(self.weights.len());
+        for weights in &self.weights {
+            let (own, others) = rest.split_at_mut(weights.len());
+            targets.push(own);
+            rest = others;
+        }
+        self.pool.install(|| {
+            targets.into_par_iter().enumerate().try_for_each(|(at, slopes)| {
+                let out = self.projections.as_slice()[at].out_features;
+                let cotangents = answers[at].as_slice::<f32>()?;
+                let mut of_rows = vec![0f32; out * rows.len()];
+                for (at, row) in rows.iter().enumerate() {
+                    for (column, value) in cotangents[row * out..(row + 1) * out].iter().enumerate() {
+                        of_rows[column * rows.len() + at] = *value;
+                    }
+                }
+                let mut product = vec![0f32; out * features];
+                multiply(&of_rows, [out, rows.len()], &turned, [features, rows.len()], &mut product)?;
+                let weights = &self.weights[at];
+                slopes.iter_mut().zip(product).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
+                Ok(())
+            })
+        })
+    }
+}
+
+impl Names {
+    /// What a batch gives to each input of a graph.
+    fn tensors<'i>(
+        &self,
+        inputs: &'i [Input],
+        part: &Batch,
+        shape: [usize; 3],
+        keys_values: &[Vec<f32>],
+    ) -> Result<Vec<(&'i str, Tensor)>> {
+        let batch = part.timesteps.len();
+        let Conditioning { tokens, context, text_embeds, time_ids, class_labels, timestep_cond, .. } =
+            &part.conditioning;
+        let state = [batch, shape[0], shape[1], shape[2]];
+        let tensor = |input: &Input| {
+            let missing = || Error::invalid_argument(format!("this UNet needs {:?}, which was not given", input.name));
+            let rows = |values: &Option<Vec<f32>>| {
+                let values = values.as_ref().ok_or_else(missing)?;
+                precision::from_f32(input.dtype, &[batch, values.len() / batch], values)
+            };
+            match input.name.as_str() {
+                "sample" => precision::from_f32(input.dtype, &state, &part.states),
+                "timestep" if input.scalar => integers(input.dtype, &[], &part.timesteps),
+                "timestep" => integers(input.dtype, &[batch], &part.timesteps),
+                CONTEXT => precision::from_f32(input.dtype, &[batch, *tokens, context.len() / batch / tokens], context),
+                "text_embeds" => rows(text_embeds),
+                "time_ids" => rows(time_ids),
+                "timestep_cond" => rows(timestep_cond),
+                "class_labels" => integers(input.dtype, &[batch], class_labels.as_ref().ok_or_else(missing)?),
+                name if name == self.loss.target => Tensor::from_slice(&state, &part.targets),
+                name if name == self.loss.weight => Tensor::from_slice(&[batch], &part.weights),
+                name if name == self.cotangent => Tensor::scalar(1f32),
+                name => {
+                    let at = self.keys_values.iter().position(|known| known.name == name);
+                    let at = at.ok_or_else(|| Error::unsupported(format!("the UNet has an unknown input {name:?}")))?;
+                    let out = self.keys_values[at].out_features;
+                    precision::from_f32(input.dtype, &[batch, *tokens, out], &keys_values[at])
+                }
+            }
+        };
+        inputs.iter().map(|input| Ok((input.name.as_str(), tensor(input)?))).collect()
+    }
+}
+
+/// The inputs of a graph that have no default.
+fn inputs_of(model: &Model) -> Result<Vec<Input>> {
+    let graph = model.graph();
+    let open = graph.input.iter().filter(|info| !graph.initializer.iter().any(|known| known.name() == info.name()));
+    open.map(|info| {
+        let data_type = element_type(info);
+        let dtype = data_type.and_then(|data_type| ElementType::from_onnx(data_type as i32));
+        let dtype = dtype.ok_or_else(|| Error::unsupported(format!("input {:?} is {data_type:?}", info.name())))?;
+        let scalar = build::declared_dims(info).is_some_and(|dims| dims.is_empty());
+        Ok(Input { name: info.name().to_owned(), dtype, scalar })
+    })
+    .collect()
+}
+
+/// Whether all states of a run share one timestep.
+fn one_timestep(model: &Model) -> bool {
+    let input = model.graph().input.iter().find(|info| info.name() == "timestep");
+    let dims = input.and_then(build::declared_dims).unwrap_or_default();
+    dims.first().is_none_or(|dim| *dim == Dim::Fixed(1))
+}
+
+fn integers(dtype: ElementType, shape: &[usize], values: &[i64]) -> Result<Tensor> {
+    match dtype {
+        ElementType::I64 => Tensor::from_slice(shape, values),
+        ElementType::I32 => Tensor::from_vec(shape, values.iter().map(|&value| value as i32).collect()),
+        dtype => precision::from_f32(dtype, shape, &values.iter().map(|&value| value as f32).collect::<Vec<_>>()),
+    }
+}
+
+fn widened(weights: &Weights) -> Result<Vec<f32>> {
+    let mut wide = Vec::new();
+    match weights {
+        Weights::F32(weights) => {
+            wide.try_reserve_exact(weights.len())?;
+            wide.extend_from_slice(weights);
+        }
+        Weights::F16(weights) => {
+            wide.try_reserve_exact(weights.len())?;
+            wide.extend(weights.iter().map(|weight| weight.to_f32()));
+        }
+        Weights::Bf16(weights) => {
+            wide.try_reserve_exact(weights.len())?;
+            wide.extend(weights.iter().map(|weight| weight.to_f32()));
+        }
+    }
+    Ok(wide)
+}
+
+/// `to [m, n] = a [m, k] bᵀ` with `b [n, k]`.
+fn multiply(a: &[f32], a_shape: [usize; 2], b: &[f32], b_shape: [usize; 2], to: &mut [f32]) -> Result<()> {
+    let fits = |error: ndarray::ShapeError| Error::invalid_argument("a size does not fit its numbers").caused_by(error);
+    let a = ArrayView2::from_shape(a_shape, a).map_err(fits)?;
+    let b = ArrayView2::from_shape(b_shape, b).map_err(fits)?;
+    let mut to = ArrayViewMut2::from_shape([a_shape[0], b_shape[0]], to).map_err(fits)?;
+    general_mat_mul(1.0, &a, &b.t(), 0.0, &mut to);
+    Ok(())
+}

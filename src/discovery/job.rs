@@ -1,0 +1,184 @@
+//! One search from examples to a set of neurons.
+
+use std::time::{Duration, Instant};
+
+use super::draw::{Batch, Examples, Objective, pick};
+use super::gradient::KeyValueGradient;
+use super::search::{Bound, Found, Method, Slope, search};
+use crate::concept::{Indices, Layer, NeuronSet};
+use crate::diffusion::schedule::SchedulerConfig;
+use crate::diffusion::unet::{Conditioning, Unet};
+use crate::error::{Error, Result};
+use crate::progress::Job;
+
+/// A part of the loss: the mean squared error of predictions for some examples.
+#[derive(Clone, Debug)]
+pub struct Term {
+    /// What is shown.
+    pub examples: Examples,
+    /// What the prediction should be.
+    pub objective: Objective,
+    /// For [`Objective::Untouched`]: the texts whose untouched prediction is the goal, one a picture, e.g. with a neutral
+    /// word in place of the concept; `None` for the examples' own (what must stay as it is).
+    pub anchors: Option<Conditioning>,
+    /// Its share of the loss, above 0: w of the prior preservation, for one.
+    pub weight: f32,
+}
+
+/// How a search runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiscoveryOptions {
+    /// The search method.
+    pub method: Method,
+    /// How many weights are shut at most, or from which score on.
+    pub bound: Bound,
+    /// Batches of the search, at least 1; about 100 for a first set.
+    pub batches: usize,
+    /// States of each term in a batch, at least 1.
+    pub batch: usize,
+    /// Fixes pictures, timesteps and noises.
+    pub seed: u64,
+}
+
+/// What a search is asked to lower.
+pub struct Discovery {
+    terms: Vec<Term>,
+    shape: [usize; 3],
+    schedule: SchedulerConfig,
+}
+
+/// What a search found.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The neurons to shut.
+    pub neurons: NeuronSet,
+    /// The loss of each batch, along the search.
+    pub losses: Vec<f64>,
+    /// See [`Found::agreement`].
+    pub agreement: f64,
+    /// Time from the first batch to the last.
+    pub elapsed: Duration,
+}
+
+impl Discovery {
+    /// Joins the terms of a loss: the subject's pictures first, then what must stay.
+    ///
+    /// Errors: [`crate::Status::InvalidArgument`] for no term, sizes that do not fit, pictures that are not finite, states
+    /// or texts of different shapes, a weight that is not above 0, or anchors that are not one a picture.
+    pub fn new(terms: Vec<Term>, schedule: SchedulerConfig) -> Result<Self> {
+        let Some(first) = terms.first() else {
+            return Err(Error::invalid_argument("a search needs pictures to learn from"));
+        };
+        let shape = first.examples.shape;
+        let text =
+            |conditioning: &Conditioning| (conditioning.tokens, conditioning.context.len() / conditioning.batch.max(1));
+        let expected = text(&first.examples.conditioning);
+        for (at, term) in terms.iter().enumerate() {
+            let what = format!("term {at}");
+            term.examples.check(&what)?;
+            if term.examples.shape != shape || text(&term.examples.conditioning) != expected {
+                return Err(Error::invalid_argument(format!(
+                    "{what} has states or texts of another shape than term 0"
+                )));
+            }
+            if !(term.weight.is_finite() && term.weight > 0.0) {
+                return Err(Error::invalid_argument(format!("{what} has weight {}, must be above 0", term.weight)));
+            }
+            if let Some(anchors) = &term.anchors
+                && (anchors.batch != term.examples.len() || text(anchors) != expected)
+            {
+                return Err(Error::invalid_argument(format!("{what} needs one anchor a picture, of the same length")));
+            }
+        }
+        Ok(Self { shape, terms, schedule })
+    }
+
+    /// `[C, H, W]` of the states.
+    pub fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    /// Batch `number` of the search without the targets of [`Objective::Untouched`]: for [`KeyValueGradient::open`].
+    pub fn example(&self, options: &DiscoveryOptions) -> Batch {
+        let mut batch = Batch::default();
+        for (at, term) in self.terms.iter().enumerate() {
+            batch.append(term.examples.draw(&self.schedule, options.batch, term.weight, options.seed, at as u32, 0));
+        }
+        batch
+    }
+
+    /// Batch `number` with its targets.
+    fn batch(&self, unet: &mut Unet, options: &DiscoveryOptions, number: usize, job: &Job<'_>) -> Result<Batch> {
+        let mut batch = Batch::default();
+        for (at, term) in self.terms.iter().enumerate() {
+            let (seed, stream, number) = (options.seed, at as u32, number as u32);
+            let mut drawn = term.examples.draw(&self.schedule, options.batch, term.weight, seed, stream, number);
+            if term.objective == Objective::Untouched {
+                let conditioning = match &term.anchors {
+                    Some(anchors) => term.examples.drawn_from(anchors, options.batch, seed, stream, number),
+                    None => drawn.conditioning.clone(),
+                };
+                drawn.targets = self.predict(unet, &drawn, &conditioning, job)?;
+            }
+            batch.append(drawn);
+        }
+        Ok(batch)
+    }
+
+    /// What the UNet says of a batch's states under a conditioning: all at once, or one by one if it takes one timestep.
+    fn predict(&self, unet: &mut Unet, batch: &Batch, conditioning: &Conditioning, job: &Job<'_>) -> Result<Vec<f32>> {
+        let [channels, height, width] = self.shape;
+        let count = batch.timesteps.len();
+        let lot = if unet.takes_timesteps() { count } else { 1 };
+        let mut said = Vec::with_capacity(batch.states.len());
+        for from in (0..count).step_by(lot) {
+            let part = batch.part(from, from + lot);
+            let entries: Vec<usize> = (from..from + lot).collect();
+            unet.set_conditioning(&pick(conditioning, &entries))?;
+            let timesteps: Vec<f64> = part.timesteps.iter().map(|&t| t as f64).collect();
+            said.extend(unet.denoise_each(&part.states, [lot, channels, height, width], &timesteps, &job.cancel)?);
+        }
+        Ok(said)
+    }
+
+    /// Searches. `unet` is the model that `gradient` was made of; its composition must be empty, and its conditioning is
+    /// replaced. The same seed gives the same set on any number of threads.
+    ///
+    /// Reports the stage `"search"`, one unit a batch.
+    ///
+    /// Errors: [`crate::Status::InvalidArgument`]; [`crate::Status::NotFinite`] naming the batch;
+    /// [`crate::Status::Cancelled`]; those of the session.
+    pub fn run(
+        &self,
+        unet: &mut Unet,
+        gradient: &KeyValueGradient,
+        options: &DiscoveryOptions,
+        job: &mut Job<'_>,
+    ) -> Result<Report> {
+        let began = Instant::now();
+        let total = options.batches as u64;
+        let mut loss = |scales: &[f32], number: usize| -> Result<Slope> {
+            job.step("search", number as u64, total)?;
+            let batch = self.batch(unet, options, number, job)?;
+            gradient.slope(&batch, self.shape, scales, &job.cancel)
+        };
+        let found = search(&mut loss, gradient.len(), options.batches, options.method, options.bound)?;
+        job.step("search", total, total)?;
+        let Found { shut, losses, agreement } = found;
+        Ok(Report { neurons: neurons(gradient, &shut)?, losses, agreement, elapsed: began.elapsed() })
+    }
+}
+
+/// The shut weights as a set.
+fn neurons(gradient: &KeyValueGradient, shut: &[bool]) -> Result<NeuronSet> {
+    let mut start = 0;
+    let layer = |projection: &crate::concept::ProjectionWeights| {
+        let count = projection.out_features * projection.in_features;
+        let own = &shut[start..start + count];
+        start += count;
+        let indices = (0..count as u32).filter(|&index| own[index as usize]).collect();
+        let indices = Indices::from_sorted(count as u32, indices)?;
+        Layer::new(projection.path.clone(), projection.out_features, projection.in_features, indices)
+    };
+    NeuronSet::new(gradient.projections().as_slice().iter().map(layer).collect::<Result<_>>()?)
+}

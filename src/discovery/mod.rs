@@ -1,0 +1,20 @@
+//! Finding concept neurons (Cones, arXiv 2303.05125): which few cross-attention weights, shut, make a model draw a subject
+//! or forget one.
+//!
+//! ```text
+//! Examples ──draw──> Batch ──KeyValueGradient──> loss, dL/dK, dL/dV ──> dL/ds = W ∘ (dL/dK)ᵀ C ──> search ──> NeuronSet
+//! ```
+//!
+//! The gradient is one more ONNX model, made by [`crate::onnx::grad`] with respect to the keys and values; the step from
+//! there to the weights is a small product that needs no graph. [`Subject`] does it all for an opened pipeline.
+
+mod draw;
+mod gradient;
+mod job;
+pub mod search;
+mod subject;
+
+pub use draw::{Batch, Examples, Objective};
+pub use gradient::{GradientOptions, KeyValueGradient};
+pub use job::{Discovery, DiscoveryOptions, Report, Term};
+pub use subject::Subject;

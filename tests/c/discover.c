@@ -1,0 +1,131 @@
+/* A search from C: what it refuses, that it can be stopped at any batch, that the same seed finds the same neurons, and
+   that the pipeline draws as before.
+   Arguments: the shipped model's folder, a folder of pictures of a subject, a folder to write in. */
+#include "check.h"
+
+#define REFUSED(call, status, part)                                                                                    \
+  do {                                                                                                                 \
+    CHECK((call) == (status));                                                                                         \
+    CHECK(strstr(macula_last_error(), (part)));                                                                        \
+  } while (0)
+
+static int stop_at = -1, told;
+
+static int32_t tell(void *userdata, const macula_progress *progress) {
+  (void)userdata;
+  CHECK(progress->stage && progress->done <= progress->total);
+  return told++ == stop_at;
+}
+
+static void draw(macula_pipeline *pipeline, macula_images **images) {
+  macula_draw_options options = MACULA_DRAW_OPTIONS_INIT;
+  options.prompt = "a <s2> animal on a blue background";
+  options.steps = 2;
+  options.width = options.height = 32;
+  options.class_label = 4;
+  OK(macula_pipeline_draw(pipeline, &options, images));
+}
+
+static int same(const macula_images *a, const macula_images *b) {
+  macula_image x, y;
+  OK(macula_images_get(a, 0, &x));
+  OK(macula_images_get(b, 0, &y));
+  return x.width == y.width && !memcmp(x.rgb, y.rgb, (size_t)x.width * x.height * 3);
+}
+
+int main(int argc, char **argv) {
+  macula_runtime *runtime = NULL;
+  macula_pipeline *pipeline = NULL;
+  macula_images *files[2] = {NULL, NULL}, *before = NULL, *after = NULL, *none = NULL;
+  macula_image pictures[2];
+  macula_concept *found = NULL, *again = NULL;
+  macula_concept_info info = MACULA_CONCEPT_INFO_INIT;
+  macula_discover_options options = MACULA_DISCOVER_OPTIONS_INIT;
+  macula_overlap shared;
+  char path[4096];
+  CHECK(argc == 4);
+
+  for (int at = 0; at < 2; at++) {
+    snprintf(path, sizeof path, "%s/%d.png", argv[2], at + 1);
+    OK(macula_images_read(path, 32, 32, &files[at]));
+    OK(macula_images_get(files[at], 0, &pictures[at]));
+    CHECK(pictures[at].width == 32 && pictures[at].height == 32);
+  }
+  REFUSED(macula_images_read(path, 0, 32, &none), MACULA_STATUS_INVALID_ARGUMENT, "0 x 32");
+  REFUSED(macula_images_read(argv[2], 32, 32, &none), MACULA_STATUS_IO, argv[2]);
+  snprintf(path, sizeof path, "%s/missing.png", argv[2]);
+  REFUSED(macula_images_read(path, 32, 32, &none), MACULA_STATUS_NOT_FOUND, "missing.png");
+  snprintf(path, sizeof path, "%s/model_index.json", argv[1]);
+  REFUSED(macula_images_read(path, 32, 32, &none), MACULA_STATUS_INVALID_FILE, "model_index.json");
+  CHECK(!none);
+
+  OK(macula_runtime_create(NULL, &runtime));
+  OK(macula_pipeline_open(runtime, argv[1], NULL, &pipeline));
+  draw(pipeline, &before);
+  options.trigger = "<s2>";
+  options.class_noun = "animal";
+  options.class_label = 4;
+  options.batches = 4;
+  options.batch = 2;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "picture_count");
+  options.pictures = pictures;
+  options.picture_count = 2;
+  options.trigger = "unheard";
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "unheard");
+  options.trigger = "<s2>";
+  options.density = 0;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "density");
+  options.density = 0.01;
+  options.batches = 0;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "batches");
+  options.batches = 4;
+  {
+    const char *prompts[] = {"a <s2> animal on a red background", "an animal"};
+    options.prompts = prompts;
+    REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "an animal");
+    options.prompts = NULL;
+  }
+  options.progress = tell;
+  for (stop_at = 0; stop_at < 6; stop_at += 2) {
+    told = 0;
+    CHECK(macula_discover(pipeline, &options, &found) == MACULA_STATUS_CANCELLED);
+    CHECK(told == stop_at + 1 && !found);
+  }
+  draw(pipeline, &after);
+  CHECK(same(before, after));
+
+  stop_at = -1;
+  OK(macula_discover(pipeline, &options, &found));
+  OK(macula_discover(pipeline, &options, &again));
+  OK(macula_concept_get_info(found, &info));
+  CHECK(info.neurons > 0 && info.density <= 0.01 && info.role == MACULA_ROLE_IMPLANT);
+  CHECK(!strcmp(info.trigger, "<s2>") && !strcmp(info.class_noun, "animal"));
+  OK(macula_concept_overlap(found, again, &shared, NULL, 0));
+  CHECK(shared.jaccard == 1.0);
+  snprintf(path, sizeof path, "%s/found.safetensors", argv[3]);
+  OK(macula_concept_save(found, path));
+
+  {
+    macula_term term = MACULA_TERM_INIT;
+    macula_images *composed = NULL;
+    term.subject = found;
+    OK(macula_compose(pipeline, &term, 1));
+    draw(pipeline, &composed);
+    CHECK(!same(before, composed));
+    OK(macula_images_free(composed));
+    OK(macula_composition_clear(pipeline));
+  }
+  OK(macula_images_free(after));
+  draw(pipeline, &after);
+  CHECK(same(before, after));
+
+  OK(macula_images_free(before));
+  OK(macula_images_free(after));
+  OK(macula_images_free(files[0]));
+  OK(macula_images_free(files[1]));
+  OK(macula_concept_free(found));
+  OK(macula_concept_free(again));
+  OK(macula_pipeline_free(pipeline));
+  OK(macula_runtime_free(runtime));
+  return 0;
+}
