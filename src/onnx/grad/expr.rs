@@ -91,11 +91,9 @@ impl Graph {
         let outputs: Vec<Expr> = outputs
             .iter()
             .map(|data_type| match data_type {
-                Some(data_type) => Expr {
-                    graph: self.clone(),
-                    name: emitter.names.fresh(&wish).into(),
-                    data_type: *data_type,
-                },
+                Some(data_type) => {
+                    Expr { graph: self.clone(), name: emitter.names.fresh(&wish).into(), data_type: *data_type }
+                }
                 None => Expr { graph: self.clone(), name: "".into(), data_type: DataType::Undefined },
             })
             .collect();
@@ -110,12 +108,13 @@ impl Graph {
         Expr { graph: self.clone(), name: "".into(), data_type: DataType::Undefined }
     }
 
-    /// A constant tensor of a floating-point type.
+    /// A constant tensor of a floating-point type, or of i64.
     pub(super) fn numbers(&self, data_type: DataType, dims: &[usize], values: &[f64]) -> Expr {
         let bytes: Vec<u8> = match data_type {
             DataType::Double => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             DataType::Float16 => values.iter().flat_map(|&value| f16::from_f64(value).to_le_bytes()).collect(),
             DataType::Bfloat16 => values.iter().flat_map(|&value| bf16::from_f64(value).to_le_bytes()).collect(),
+            DataType::Int64 => values.iter().flat_map(|&value| (value as i64).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|&value| (value as f32).to_le_bytes()).collect(),
         };
         self.constant(data_type, dims, bytes)
@@ -180,12 +179,7 @@ impl Expr {
     }
 
     /// As [`Expr::op`], with attributes.
-    pub(super) fn op_with(
-        &self,
-        op_type: &str,
-        others: &[&Expr],
-        finish: impl FnOnce(NodeProto) -> NodeProto,
-    ) -> Expr {
+    pub(super) fn op_with(&self, op_type: &str, others: &[&Expr], finish: impl FnOnce(NodeProto) -> NodeProto) -> Expr {
         let inputs: Vec<&Expr> = std::iter::once(self).chain(others.iter().copied()).collect();
         self.graph.node(op_type, &inputs, self.data_type, finish)
     }
@@ -267,6 +261,9 @@ impl Expr {
 
     /// Axis `i` of the result is axis `order[i]` of this.
     pub(super) fn transpose(&self, order: &[usize]) -> Expr {
+        if order.iter().enumerate().all(|(to, &from)| to == from) {
+            return self.clone();
+        }
         let order: Vec<i64> = order.iter().map(|&axis| axis as i64).collect();
         self.op_with("Transpose", &[], |node| node.with("perm", order))
     }
@@ -282,6 +279,11 @@ impl Expr {
     pub(super) fn slice(&self, axis: i64, start: i64, end: i64) -> Expr {
         let int = |value| self.graph.ints(&[value]);
         self.op("Slice", &[&int(start), &int(end), &int(axis), &int(1)])
+    }
+
+    /// This and others, one behind the other along an axis.
+    pub(super) fn join(&self, others: &[&Expr], axis: i64) -> Expr {
+        self.op_with("Concat", others, |node| node.with("axis", axis))
     }
 
     /// Backwards along axes.
@@ -307,7 +309,17 @@ impl Expr {
 
     /// A value of this shape that is zero everywhere.
     pub(super) fn zeros(&self) -> Expr {
-        zeros(&self.sizes(), self.data_type)
+        self.sizes().zeros_of(self.data_type)
+    }
+
+    /// Zeros in the shape that this is.
+    pub(super) fn zeros_of(&self, data_type: DataType) -> Expr {
+        filled(self, data_type, 0)
+    }
+
+    /// Ones in the shape that this is.
+    pub(super) fn ones_of(&self, data_type: DataType) -> Expr {
+        filled(self, data_type, 1)
     }
 
     fn shared(&self, what: &'static str, data_type: DataType, make: impl FnOnce(&Self) -> Expr) -> Expr {
@@ -322,11 +334,16 @@ impl Expr {
     }
 }
 
-/// Zeros in a shape that is a value.
-pub(super) fn zeros(sizes: &Expr, data_type: DataType) -> Expr {
-    let width = data_type.bits().unwrap_or(32).div_ceil(8) as usize;
-    let zero = build::tensor("value", data_type, &[1], vec![0u8; width]);
-    sizes.graph.node("ConstantOfShape", &[sizes], data_type, |node| node.with("value", zero))
+fn filled(sizes: &Expr, data_type: DataType, number: u8) -> Expr {
+    let bytes = match data_type {
+        DataType::Double => f64::from(number).to_le_bytes().to_vec(),
+        DataType::Float16 => f16::from(number).to_le_bytes().to_vec(),
+        DataType::Bfloat16 => bf16::from(number).to_le_bytes().to_vec(),
+        DataType::Int64 => i64::from(number).to_le_bytes().to_vec(),
+        _ => f32::from(number).to_le_bytes().to_vec(),
+    };
+    let value = build::tensor("value", data_type, &[1], bytes);
+    sizes.graph.node("ConstantOfShape", &[sizes], data_type, |node| node.with("value", value))
 }
 
 macro_rules! arithmetic {

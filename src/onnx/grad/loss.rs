@@ -31,7 +31,8 @@ pub fn mean_squared_error(model: &mut Model, value: &str, rank: usize) -> Result
     model.edit(|edit| {
         let mut fresh = |part: &str| edit.fresh_name(&format!("{value}/{part}"));
         let (target, weight, loss, of_samples) = (fresh("target"), fresh("weight"), fresh("loss"), fresh("of_samples"));
-        let (float, difference, square, weighted) = (fresh("float"), fresh("difference"), fresh("square"), fresh("weighted"));
+        let (float, difference, square, weighted) =
+            (fresh("float"), fresh("difference"), fresh("square"), fresh("weighted"));
         let axes: Vec<i64> = (1..rank as i64).collect();
         let mean = match opset >= 18 {
             true => {

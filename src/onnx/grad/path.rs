@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::rules;
 use crate::error::{Error, Result};
-use crate::onnx::graph::Topology;
+use crate::onnx::graph::{Topology, captured};
 use crate::onnx::model::Model;
 use crate::onnx::proto::tensor_proto::DataType;
 
@@ -34,26 +34,27 @@ impl<'g> Path<'g> {
                 )));
             }
         }
-        let differentiable = |value: &str| types.get(value).is_none_or(|data_type| data_type.is_float());
-        let names: HashMap<&str, &'g str> = graph.node.iter().flat_map(|node| node.input.iter().chain(&node.output)).map(|name| (name.as_str(), name.as_str())).collect();
-        let mut live: HashSet<&'g str> = wrt.iter().filter_map(|value| names.get(value).copied()).collect();
+        let wanted: HashSet<&str> = wrt.iter().copied().collect();
         let before = topology.before([output], []);
+        let mut live: HashSet<&'g str> = HashSet::new();
         let mut nodes = vec![false; graph.node.len()];
+        // Nodes stand in topological order.
         for (index, node) in graph.node.iter().enumerate() {
-            let reached = node.input.iter().any(|input| live.contains(input.as_str()))
-                || crate::onnx::graph::captured(node).iter().any(|value| live.contains(value));
-            if reached && !rules::is_flat(node) {
-                nodes[index] = before[index];
-                live.extend(node.output.iter().map(String::as_str).filter(|value| !value.is_empty() && differentiable(value)));
+            let mut given = node.input.iter().map(String::as_str).chain(captured(node));
+            let reached = given.any(|value| wanted.contains(value) || live.contains(value));
+            if reached && before[index] && !rules::is_flat(node) {
+                nodes[index] = true;
+                let made = node.output.iter().map(String::as_str).filter(|value| !value.is_empty());
+                live.extend(made.filter(|value| types.get(value).is_none_or(|data_type| data_type.is_float())));
             }
         }
-        let depends = topology.before([output], []);
         for value in wrt {
-            let used = *value == output || topology.consumers(value).any(|(node, _)| depends[node] && nodes[node]);
-            if !used {
+            if *value != output && !topology.consumers(value).any(|(node, _)| nodes[node]) {
                 return Err(Error::invalid_argument(format!("{output:?} does not depend on {value:?}")));
             }
         }
+        let named = graph.node.iter().flat_map(|node| node.input.iter().chain(&node.output)).map(String::as_str);
+        live.extend(named.filter(|value| wanted.contains(value)));
         Ok(Self { nodes, live, types })
     }
 

@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use super::expr::{Expr, Graph, zeros};
+use super::Effort;
+use super::expr::{Expr, Graph};
 use super::facts::{Facts, Size};
 use super::path::Path;
-use super::Effort;
 use crate::error::{Error, Result};
 use crate::onnx::graph::Topology;
 use crate::onnx::model::Model;
@@ -172,8 +172,15 @@ impl<'s> Site<'s> {
         Ok(self.sizes(index)?.len())
     }
 
+    pub(super) fn output_rank(&self, index: usize) -> Result<usize> {
+        Ok(self.output_sizes(index)?.len())
+    }
+
     fn unknown(&self, value: &str) -> Error {
-        Error::invalid_argument(format!("{}: the run that was observed does not show the sizes of {value:?}", self.name()))
+        Error::invalid_argument(format!(
+            "{}: the run that was observed does not show the sizes of {value:?}",
+            self.name()
+        ))
     }
 
     /// The sizes of input `index` as a value, constant where they are fixed.
@@ -190,7 +197,7 @@ impl<'s> Site<'s> {
 
     /// Zeros in the shape of input `index`.
     pub(super) fn zeros(&self, index: usize) -> Expr {
-        zeros(&self.shape(index), self.x(index).data_type)
+        self.shape(index).zeros_of(self.x(index).data_type)
     }
 
     /// An axis counted from the front.
@@ -217,7 +224,9 @@ impl<'s> Site<'s> {
     ///
     /// Errors: [`crate::Status::Unsupported`] if it differs from run to run.
     pub(super) fn ints(&self, name: &str, index: usize) -> Result<Option<Vec<i64>>> {
-        if let Some(values) = self.node.attribute_ints(name) {
+        if !name.is_empty()
+            && let Some(values) = self.node.attribute_ints(name)
+        {
             return Ok(Some(values.to_vec()));
         }
         let input = self.input(index);
@@ -232,8 +241,15 @@ impl<'s> Site<'s> {
         }
         Err(match self.sweep.facts.varies(input) {
             true => self.unsupported(&format!("its {name} {input:?} differ between the runs that were observed")),
-            false => Error::invalid_argument(format!("{}: the run that was observed does not show {input:?}", self.name())),
+            false => {
+                Error::invalid_argument(format!("{}: the run that was observed does not show {input:?}", self.name()))
+            }
         })
+    }
+
+    /// The integers of input `index`, if they are the same in every run.
+    pub(super) fn known_ints(&self, index: usize) -> Option<Vec<i64>> {
+        self.ints("", index).ok().flatten()
     }
 
     /// Input `index` as floating-point constants, if it is one.

@@ -11,26 +11,29 @@ use crate::onnx::proto::NodeProto;
 pub(super) const RULES: &[(&str, Rule)] = &[("Conv", conv), ("ConvTranspose", conv_transpose)];
 
 /// How a kernel moves over the places, one entry a spatial axis.
-struct Window {
-    kernel: Vec<i64>,
-    strides: Vec<i64>,
-    dilations: Vec<i64>,
+pub(super) struct Window {
+    pub(super) kernel: Vec<i64>,
+    pub(super) strides: Vec<i64>,
+    pub(super) dilations: Vec<i64>,
     /// Before, and after.
-    pads: (Vec<i64>, Vec<i64>),
-    group: i64,
+    pub(super) pads: (Vec<i64>, Vec<i64>),
+    pub(super) group: i64,
+}
+
+/// The spatial sizes of the kernel that is input `index`.
+fn kernel(at: &Site, index: usize) -> Result<Vec<i64>> {
+    let sizes: Option<Vec<i64>> =
+        at.sizes(index)?[2..].iter().map(|size| size.fixed().map(|size| size as i64)).collect();
+    sizes.ok_or_else(|| at.unsupported("the size of its kernel varies from run to run"))
 }
 
 /// Reads a window from a node. `small` and `large` are the sizes on either side: a convolution goes from large to small.
-fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<Window> {
-    let axes = kernel.len() - 2;
-    let kernel: Option<Vec<i64>> = kernel[2..].iter().map(|size| size.fixed().map(|size| size as i64)).collect();
-    let kernel = kernel.ok_or_else(|| at.unsupported("the size of its kernel varies from run to run"))?;
+pub(super) fn window(at: &Site, kernel: Vec<i64>, small: &[Size], large: &[Size]) -> Result<Window> {
+    let axes = kernel.len();
     let ints = |name, default: i64| match at.node.attribute_ints(name) {
         Some(values) if values.len() == axes => Ok(values.to_vec()),
         None => Ok(vec![default; axes]),
-        Some(values) => {
-            Err(Error::invalid_file(format!("{}: {} {name} for {axes} axes", at.name(), values.len())))
-        }
+        Some(values) => Err(Error::invalid_file(format!("{}: {} {name} for {axes} axes", at.name(), values.len()))),
     };
     let (strides, dilations) = (ints("strides", 1)?, ints("dilations", 1)?);
     let pads = match at.text("auto_pad", "NOTSET") {
@@ -58,7 +61,7 @@ fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<
 }
 
 impl Window {
-    fn on(&self, node: NodeProto) -> NodeProto {
+    pub(super) fn on(&self, node: NodeProto) -> NodeProto {
         node.with("strides", self.strides.as_slice())
             .with("dilations", self.dilations.as_slice())
             .with("group", self.group)
@@ -68,7 +71,7 @@ impl Window {
 
     /// What the places at the end that no window reaches add to the size of a transposed convolution: the same in every
     /// run, or there is no one graph for them.
-    fn left_over(&self, at: &Site, small: &[Size], large: &[Size]) -> Result<Vec<i64>> {
+    pub(super) fn left_over(&self, at: &Site, small: &[Size], large: &[Size]) -> Result<Vec<i64>> {
         let axis = |axis: usize| {
             let reach = |size: usize| {
                 (size as i64 - 1) * self.strides[axis] + (self.kernel[axis] - 1) * self.dilations[axis] + 1
@@ -88,7 +91,14 @@ impl Window {
 
 /// The cotangent of a convolution's input: the transposed convolution of `dy`. `small` are the sizes of `dy`, `large`
 /// those of the input.
-fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], large: &[Size]) -> Result<Expr> {
+pub(super) fn spread(
+    at: &Site,
+    window: &Window,
+    dy: &Expr,
+    kernel: &Expr,
+    small: &[Size],
+    large: &[Size],
+) -> Result<Expr> {
     let rest = window.left_over(at, small, large)?;
     let axes: Vec<i64> = (2..small.len() as i64).collect();
     let unit = |values: &[i64]| values.iter().all(|&value| value == 1);
@@ -113,7 +123,8 @@ fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], 
     }
     // A transposed convolution may add less than a stride; what goes beyond are places without any cotangent.
     let added: Vec<i64> = rest.iter().zip(&window.strides).map(|(&rest, &stride)| rest.clamp(0, stride - 1)).collect();
-    let spread = dy.op_with("ConvTranspose", &[kernel], |node| window.on(node).with("output_padding", added.as_slice()));
+    let spread =
+        dy.op_with("ConvTranspose", &[kernel], |node| window.on(node).with("output_padding", added.as_slice()));
     let beyond: Vec<i64> = rest.iter().zip(&added).map(|(&rest, &added)| rest - added).collect();
     if beyond.iter().all(|&count| count == 0) {
         return Ok(spread);
@@ -176,8 +187,8 @@ fn bias(at: &Site, rank: usize) {
 
 /// y = x ∗ w + b:  x̄ = transposed convolution of ȳ with w,  w̄ = convolution of x with ȳ,  b̄ = Σ ȳ
 fn conv(at: &Site) -> Result<()> {
-    let (large, small, kernel) = (at.sizes(0)?, at.output_sizes(0)?, at.sizes(1)?);
-    let window = window(at, &kernel, &small, &large)?;
+    let (large, small) = (at.sizes(0)?, at.output_sizes(0)?);
+    let window = window(at, kernel(at, 1)?, &small, &large)?;
     bias(at, large.len());
     if at.wants(0) {
         let cotangent = spread(at, &window, &at.dy(), &at.x(1), &small, &large)?;
@@ -192,11 +203,11 @@ fn conv(at: &Site) -> Result<()> {
 
 /// y = transposed convolution of x with w, plus b:  x̄ = ȳ ∗ w,  w̄ = convolution of ȳ with x,  b̄ = Σ ȳ
 fn conv_transpose(at: &Site) -> Result<()> {
-    let (small, large, kernel) = (at.sizes(0)?, at.output_sizes(0)?, at.sizes(1)?);
+    let (small, large) = (at.sizes(0)?, at.output_sizes(0)?);
     if at.text("auto_pad", "NOTSET") != "NOTSET" || at.node.attribute_ints("output_shape").is_some() {
         return Err(at.unsupported("automatic padding or a given output shape"));
     }
-    let window = window(at, &kernel, &small, &large)?;
+    let window = window(at, kernel(at, 1)?, &small, &large)?;
     bias(at, large.len());
     // `output_padding` only appends places that are read like any other.
     if at.wants(0) {

@@ -5,6 +5,7 @@
 
 mod activation;
 mod arithmetic;
+mod attention;
 mod convolution;
 mod gather;
 mod layout;
@@ -26,6 +27,7 @@ pub(super) type Rule = fn(&Site) -> Result<()>;
 const FAMILIES: &[&[(&str, Rule)]] = &[
     activation::RULES,
     arithmetic::RULES,
+    attention::RULES,
     convolution::RULES,
     gather::RULES,
     layout::RULES,
@@ -39,9 +41,36 @@ const FAMILIES: &[&[(&str, Rule)]] = &[
 
 /// Operators whose output does not change with a small change of their inputs: no gradient passes them.
 const FLAT: &[&str] = &[
-    "Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Sign", "Floor", "Ceil", "Round", "Equal", "Greater",
-    "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf", "ConstantOfShape", "EyeLike",
-    "OneHot", "Range", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "Unique", "Hardmax",
+    "Shape",
+    "Size",
+    "ArgMax",
+    "ArgMin",
+    "NonZero",
+    "Sign",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Equal",
+    "Greater",
+    "GreaterOrEqual",
+    "Less",
+    "LessOrEqual",
+    "And",
+    "Or",
+    "Xor",
+    "Not",
+    "IsNaN",
+    "IsInf",
+    "ConstantOfShape",
+    "EyeLike",
+    "OneHot",
+    "Range",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Bernoulli",
+    "Multinomial",
+    "Unique",
+    "Hardmax",
 ];
 
 /// The rule of a node's operator.
