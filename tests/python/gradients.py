@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import torch
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 INF = float("inf")
+FLOATS = dict(f32=np.float32, f16=np.float16, bf16=ml_dtypes.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
@@ -506,7 +508,11 @@ def build(row, arrays, floats):
             array = array.astype(floats)
         if isinstance(spec, Shape) or isinstance(spec, Input) and not spec.weight:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-            inputs.append(helper.make_tensor_value_info(name, kind, [None] * array.ndim))
+            varied = getattr(spec, "varied", None)
+            others = array.shape if varied is None else np.shape(varied) if isinstance(spec, Shape) else varied
+            sizes = spec.shape if isinstance(spec, Input) else spec.values.shape
+            declared = [size if size == other else None for size, other in zip(sizes, others)]
+            inputs.append(helper.make_tensor_value_info(name, kind, declared))
             feeds[name] = array
         else:
             initializers.append(numpy_helper.from_array(array, name))
@@ -538,13 +544,18 @@ def linear_by_evaluator(row, arrays):
     return lambda x: (matrix @ x.reshape(-1)).reshape(shape)
 
 
-def case(row, rng, second):
-    """One case: arrays to store."""
-    arrays = []
-    for spec in row["inputs"]:
-        if isinstance(spec, Input):
+def case(row, rng, first):
+    """One case: arrays to store. The `first` case's arrays if this is the second, which has the same weights."""
+    arrays, second = [], first is not None
+    for index, spec in enumerate(row["inputs"]):
+        if isinstance(spec, Input) and spec.weight and second:
+            arrays.append(first[index])
+        elif isinstance(spec, Input):
             shape = spec.varied if second and spec.varied else spec.shape
-            arrays.append(spec.draw(rng, shape))
+            drawn = spec.draw(rng, shape)
+            if row["half"]:  # numbers that f32, fp16 and bf16 all have
+                drawn = (drawn.view(np.uint32) & 0xFFFF0000).view(np.float32)
+            arrays.append(drawn)
         elif isinstance(spec, Shape):
             arrays.append(spec.varied if second else spec.values)
         else:
@@ -627,14 +638,15 @@ def main():
         rng = np.random.default_rng(number)
         varies = any(getattr(spec, "varied", None) is not None for spec in row["inputs"])
         try:
-            cases = [case(row, rng, second) for second in ([False, True] if varies else [False])]
+            cases = [case(row, rng, None)]
+            cases += [case(row, rng, cases[0][0])] if varies else []
         except Exception as error:
             failures.append(f"{row['what']}: {type(error).__name__}: {error}")
             continue
         for number_of_case, (_, stored) in enumerate(cases):
             save_file(stored, folder / f"{number}-{number_of_case}.safetensors")
         for floats in ["f32", "f16", "bf16"] if row["half"] else ["f32"]:
-            model, feeds = build(row, cases[0][0], np.float16 if floats != "f32" else np.float32)
+            model, feeds = build(row, cases[0][0], FLOATS[floats])
             (folder / f"{number}-{floats}.onnx").write_bytes(model.SerializeToString())
         wanted = [f"x{i}" for i, spec in enumerate(row["inputs"]) if isinstance(spec, Input)]
         index.append(dict(number=number, what=row["what"], op=row["op"], opset=row["opset"], cases=len(cases), wanted=wanted,

@@ -103,11 +103,6 @@ impl Graph {
         outputs
     }
 
-    /// An input that is left out.
-    pub(super) fn absent(&self) -> Expr {
-        Expr { graph: self.clone(), name: "".into(), data_type: DataType::Undefined }
-    }
-
     /// A constant tensor of a floating-point type, or of i64.
     pub(super) fn numbers(&self, data_type: DataType, dims: &[usize], values: &[f64]) -> Expr {
         let bytes: Vec<u8> = match data_type {
@@ -200,11 +195,6 @@ impl Expr {
             2.0 => self * self,
             _ => self.op("Pow", &[&self.number(exponent)]),
         }
-    }
-
-    /// The larger of this and a number, element by element.
-    pub(super) fn at_least(&self, bound: f64) -> Expr {
-        self.op("Max", &[&self.number(bound)])
     }
 
     /// Where this is less than another, as booleans.

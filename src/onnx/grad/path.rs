@@ -6,6 +6,7 @@ use super::rules;
 use crate::error::{Error, Result};
 use crate::onnx::graph::{Topology, captured};
 use crate::onnx::model::Model;
+use crate::onnx::proto::NodeProto;
 use crate::onnx::proto::tensor_proto::DataType;
 
 /// The way from the wanted values to the output.
@@ -34,28 +35,31 @@ impl<'g> Path<'g> {
                 )));
             }
         }
+        // Forwards: what depends on a wanted value. Nodes stand in topological order.
         let wanted: HashSet<&str> = wrt.iter().copied().collect();
-        let before = topology.before([output], []);
         let mut live: HashSet<&'g str> = HashSet::new();
         let mut nodes = vec![false; graph.node.len()];
-        // Nodes stand in topological order.
-        for (index, node) in graph.node.iter().enumerate() {
-            let mut given = node.input.iter().map(String::as_str).chain(captured(node));
-            let reached = given.any(|value| wanted.contains(value) || live.contains(value));
-            if reached && before[index] && !rules::is_flat(node) {
+        for (index, node) in graph.node.iter().enumerate().filter(|(_, node)| !rules::is_flat(node)) {
+            let given: Vec<&str> = given(node).filter(|value| wanted.contains(value) || live.contains(value)).collect();
+            if !given.is_empty() {
                 nodes[index] = true;
+                live.extend(given);
                 let made = node.output.iter().map(String::as_str).filter(|value| !value.is_empty());
                 live.extend(made.filter(|value| types.get(value).is_none_or(|data_type| data_type.is_float())));
             }
         }
-        for value in wrt {
-            if *value != output && !topology.consumers(value).any(|(node, _)| nodes[node]) {
-                return Err(Error::invalid_argument(format!("{output:?} does not depend on {value:?}")));
+        // Backwards: what the output depends on, among these.
+        let mut needed: HashSet<&str> = HashSet::from([output]);
+        for (on, node) in nodes.iter_mut().zip(&graph.node).rev().filter(|(on, _)| **on) {
+            *on = node.output.iter().any(|value| needed.contains(value.as_str()));
+            if *on {
+                needed.extend(given(node).filter(|value| live.contains(value)));
             }
         }
-        let named = graph.node.iter().flat_map(|node| node.input.iter().chain(&node.output)).map(String::as_str);
-        live.extend(named.filter(|value| wanted.contains(value)));
-        Ok(Self { nodes, live, types })
+        match wrt.iter().find(|value| !needed.contains(*value)) {
+            Some(value) => Err(Error::invalid_argument(format!("{output:?} does not depend on {value:?}"))),
+            None => Ok(Self { nodes, live, types }),
+        }
     }
 
     /// Whether each node lies on the way.
@@ -71,4 +75,9 @@ impl<'g> Path<'g> {
     pub(super) fn data_type(&self, value: &str) -> Option<DataType> {
         self.types.get(value).copied()
     }
+}
+
+/// The values that a node takes, in its subgraphs too.
+fn given(node: &NodeProto) -> impl Iterator<Item = &str> {
+    node.input.iter().map(String::as_str).chain(captured(node))
 }

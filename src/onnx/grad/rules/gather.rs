@@ -46,7 +46,8 @@ pub(super) fn unpick(dy: Expr, indices: &Expr, index_rank: usize, shape: &Expr, 
     let others = moved.sizes().slice(0, index_rank as i64, i64::MAX);
     let count = shape.slice(0, axis as i64, axis as i64 + 1);
     let values = moved.op_with("Flatten", &[], |node| node.with("axis", index_rank as i64));
-    let sum = add_rows(&indices.reshape_to(&[-1]), &values, &count).reshape(&count.join(&[&others], 0));
+    let rows = indices.cast(DataType::Int64).reshape_to(&[-1]);
+    let sum = add_rows(&rows, &values, &count).reshape(&count.join(&[&others], 0));
     let back: Vec<usize> = (1..=axis).chain([0]).chain(axis + 1..rank).collect();
     sum.transpose(&back)
 }

@@ -45,16 +45,35 @@ fn average(at: &Site) -> Result<()> {
         return Ok(());
     }
     let share = match padded && at.int("count_include_pad", 0) == 0 {
-        true => {
-            let places = at.shape(0).slice(0, 2, rank as i64);
-            let all = at.graph().ints(&[1, 1]).join(&[&places], 0).ones_of(at.x(0).data_type);
-            at.dy() / all.op_with("Conv", &[&kernel], |node| window.on(node))
-        }
+        true => at.dy() / counts(at, &window, &kernel, &small, &large),
         false => at.dy() / window.kernel.iter().product::<i64>() as f64,
     };
     let sum = spread(at, &window, &pictures(&share, rank), &kernel, &small, &large)?;
     at.give(0, || sum.reshape(&at.shape(0)));
     Ok(())
+}
+
+/// How many places of x each window holds: `[1, 1, ...]`.
+fn counts(at: &Site, window: &Window, kernel: &Expr, small: &[Size], large: &[Size]) -> Expr {
+    let data_type = at.x(0).data_type;
+    let (Some(out), Some(places)) = (fixed(small), fixed(large)) else {
+        let sizes = at.graph().ints(&[1, 1]).join(&[&at.shape(0).slice(0, 2, large.len() as i64)], 0);
+        return sizes.ones_of(data_type).op_with("Conv", &[kernel], |node| window.on(node));
+    };
+    let along = |axis: usize, place: i64| {
+        let first = place * window.strides[axis] - window.pads.0[axis];
+        let reached = (0..window.kernel[axis]).map(|offset| first + offset * window.dilations[axis]);
+        reached.filter(|place| (0..places[axis]).contains(place)).count()
+    };
+    let count = |place: Vec<i64>| place.iter().enumerate().map(|(axis, &place)| along(axis, place)).product::<usize>();
+    let counts: Vec<f64> = grid(&out).into_iter().map(|place| count(place) as f64).collect();
+    let sizes: Vec<usize> = [1, 1].iter().chain(&out).map(|&size| size as usize).collect();
+    at.graph().numbers(data_type, &sizes, &counts)
+}
+
+/// The spatial sizes, if they are the same in every run.
+fn fixed(sizes: &[Size]) -> Option<Vec<i64>> {
+    sizes[2..].iter().map(|size| size.fixed().map(|size| size as i64)).collect()
 }
 
 /// y = max x over windows:  x̄ = Σ ȳ at the places of the maxima
@@ -96,9 +115,6 @@ fn places(at: &Site, window: &Window) -> Expr {
 /// Without a scattering sum: ȳ is laid into one channel for each offset in the window, 0 where the maximum is elsewhere,
 /// and a transposed convolution puts each channel at its offset.
 fn maximum_by_offsets(at: &Site, window: &Window, places: &Expr, small: &[Size], large: &[Size]) -> Result<Expr> {
-    let fixed = |sizes: &[Size]| -> Option<Vec<i64>> {
-        sizes[2..].iter().map(|size| size.fixed().map(|size| size as i64)).collect()
-    };
     let (Some(out), Some(places_of_x)) = (fixed(small), fixed(large)) else {
         return Err(at.unsupported("sizes that vary from run to run (operator set 16 or newer allows them)"));
     };
