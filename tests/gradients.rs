@@ -172,7 +172,7 @@ impl Report {
             |(found, expected): (&f64, &f64)| if found == expected { 0.0 } else { (found - expected).abs() / largest };
         let error =
             found.iter().zip(&expected_values).map(off).fold(0.0f64, |a, b| if b.is_nan() { b } else { a.max(b) });
-        if !(error <= tolerance) {
+        if error.is_nan() || error > tolerance {
             self.wrong.push(format!("{kind} {what}: {error:.1e}\n    {found:.4?}\n    {expected_values:.4?}"));
         }
         let worst = self.worst.entry(kind).or_default();

@@ -223,6 +223,8 @@ row("wrapped", "Pad", [X(2, 3), ints(0, 1, 0, 2)], lambda x: picked(x, 1, [2, 0,
 
 row("", "Gather", [X(5, 3), ints(4, 0, 4)], lambda x: x[[4, 0, 4]])
 row("of two axes", "Gather", [X(2, 5, 3, varied=(3, 5, 3)), Fixed([[4, 0], [-1, 2]], np.int64)], lambda x: x[:, torch.tensor([[4, 0], [-1, 2]])], axis=1)
+row("of numbers", "Gather", [X(5), Fixed([[4, 0], [4, -1]], np.int64)], lambda x: x[torch.tensor([[4, 0], [4, -1]])])
+row("of one number in set 13", "Gather", [X(5), Fixed(-2, np.int64)], lambda x: x[-2], opset=13)
 row("of one", "Gather", [X(2, 3), Fixed(1, np.int64)], lambda x: x[:, 1], axis=-1)
 row("where sizes vary", "Gather", [X(4, 3, varied=(6, 3)), ints(1, -1, 1)], lambda x: x[[1, -1, 1]])
 row("int32 indices", "Gather", [X(4, 3), Fixed([1, -1, 1], np.int32)], lambda x: x[[1, -1, 1]])
@@ -342,10 +344,12 @@ for what, x, w, more in [
     ("of three axes", (1, 2, 4, 4, 3), (3, 2, 2, 3, 2), dict(pads=[0, 1, 0, 1, 1, 1])),
 ]:
     bias = [W(w[0])] if what in ("", "with strides", "of one axis") else []
-    row(what, "Conv", [X(*x), W(*w)] + bias, lambda x, w, b=None, m=more: conv(x, w, b, **m), half=what == "padded", **more)
+    row(what, "Conv", [X(*x), W(*w)] + bias, lambda x, w, b=None, m=more: conv(x, w, b, **m), **more)
+row("in set 22", "Conv", [X(2, 3, 5, 6), W(4, 3, 3, 3)], lambda x, w: conv(x, w, pads=[1] * 4), opset=22, half=True, pads=[1] * 4)
 row("where sizes vary", "Conv", [X(2, 3, 6, 4, varied=(1, 3, 8, 6)), W(4, 3, 3, 3), W(4)], lambda x, w, b: conv(x, w, b, pads=[1] * 4), pads=[1] * 4)
 row("with strides where sizes vary", "Conv", [X(2, 3, 6, 4, varied=(1, 3, 8, 6)), W(4, 3, 3, 3)], lambda x, w: conv(x, w, strides=2, pads=[1] * 4), pads=[1] * 4, strides=[2, 2])
 row("in groups where sizes vary", "Conv", [X(2, 4, 6, 4, varied=(1, 4, 8, 6)), W(4, 2, 3, 3)], lambda x, w: conv(x, w, pads=[1] * 4, group=2), pads=[1] * 4, group=2)
+row("valid", "Conv", [X(1, 2, 5, 6), W(3, 2, 3, 2)], lambda x, w: conv(x, w), auto_pad="VALID")
 row("same upper", "Conv", [X(1, 2, 5, 6), W(3, 2, 3, 2)], lambda x, w: conv(x, w, strides=2, pads=[1, 0, 1, 0]), auto_pad="SAME_UPPER", strides=[2, 2])
 row("same lower", "Conv", [X(1, 2, 5, 6), W(3, 2, 2, 2)], lambda x, w: conv(x, w, pads=[1, 1, 0, 0]), auto_pad="SAME_LOWER", evaluator=False)
 for what, x, w, more in [
@@ -378,7 +382,7 @@ def channels(v, x):
 
 
 row("", "InstanceNormalization", [X(2, 3, 4, 5, varied=(1, 3, 3, 5)), W(3), W(3)], lambda x, s, b: normal(x, (2, 3), 1e-5) * channels(s, x) + channels(b, x))
-row("plain", "InstanceNormalization", [X(2, 3, 8), Fixed([1] * 3), Fixed([0] * 3)], lambda x: normal(x, (2,), 1e-3), epsilon=1e-3, half=True)
+row("plain", "InstanceNormalization", [X(2, 3, 8), Fixed([1] * 3), Fixed([0] * 3)], lambda x: normal(x, (2,), 1e-3), opset=22, epsilon=1e-3, half=True)
 row("", "GroupNormalization", [X(2, 4, 3, 5, varied=(1, 4, 2, 5)), W(4), W(4)], lambda x, s, b: normal(x.reshape(x.shape[0], 2, -1), (2,), 1e-5).reshape(x.shape) * channels(s, x) + channels(b, x), opset=21, num_groups=2, evaluator="single")
 row("", "LayerNormalization", [X(2, 3, 8, varied=(4, 2, 8)), W(8), W(8)], lambda x, s, b: normal(x, (-1,), 1e-5) * s + b, half=True)
 row("of two axes", "LayerNormalization", [X(2, 3, 4), W(3, 4)], lambda x, s: normal(x, (-2, -1), 1e-3) * s, axis=1, epsilon=1e-3)
@@ -454,6 +458,9 @@ for mode in ("linear", "cubic"):
         resize(f"{mode} {transformation}", (1, 2, 3, 4), [1, 1, 2, 2], mode=mode, coordinate_transformation_mode=transformation)
         resize(f"{mode} {transformation} to sizes", (1, 2, 5, 4), sizes=[1, 2, 3, 6], mode=mode, coordinate_transformation_mode=transformation)
 resize("cubic outside excluded", (1, 1, 4, 5), [1, 1, 2, 1.5], mode="cubic", exclude_outside=1, cubic_coeff_a=-0.5)
+resize("linear with axes", (1, 2, 3, 4), [2, 1.5], opset=18, mode="linear", axes=[2, 3])
+resize("linear half_pixel_symmetric", (1, 2, 3, 4), [1, 1, 1.7, 2.3], opset=19, mode="linear", coordinate_transformation_mode="half_pixel_symmetric")
+resize("linear of a batch", (2, 3), [1.5, 2], mode="linear")
 resize("linear of one axis", (1, 2, 5), [1, 1, 1.7], mode="linear")
 resize("linear batch that varies", (1, 2, 3, 3), [1, 1, 2, 2], varied=(3, 2, 3, 3), mode="linear")
 

@@ -49,6 +49,11 @@ impl Size {
         self.fixed() == Some(1)
     }
 
+    /// The size in one of the runs.
+    pub(super) fn in_run(&self, run: usize) -> usize {
+        self.0.get(run).or(self.0.first()).copied().unwrap_or(0)
+    }
+
     /// The size in each run.
     pub(super) fn seen(&self) -> &[usize] {
         &self.0

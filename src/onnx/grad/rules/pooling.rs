@@ -18,12 +18,27 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("GlobalMaxPool", global_maximum),
 ];
 
-/// The window, and the sizes of the output and the input with batch and channels joined: `[B C, 1, ...]`.
-fn windows(at: &Site) -> Result<(Window, Vec<Size>, Vec<Size>)> {
-    let (small, large) = (at.output_sizes(0)?, at.sizes(0)?);
-    let kernel = at.node.attribute_ints("kernel_shape").filter(|kernel| kernel.len() + 2 == large.len());
-    let kernel = kernel.ok_or_else(|| Error::invalid_file(format!("{}: no kernel_shape of its axes", at.name())))?;
-    Ok((window(at, kernel.to_vec(), &small, &large)?, small, large))
+/// A pool over windows, with the sizes of its output and its input.
+struct Pool {
+    window: Window,
+    kernel: Vec<i64>,
+    small: Vec<Size>,
+    large: Vec<Size>,
+}
+
+impl Pool {
+    fn of(at: &Site) -> Result<Self> {
+        let (small, large) = (at.output_sizes(0)?, at.sizes(0)?);
+        let kernel = at.node.attribute_ints("kernel_shape").filter(|kernel| kernel.len() + 2 == large.len());
+        let kernel =
+            kernel.ok_or_else(|| Error::invalid_file(format!("{}: no kernel_shape of its axes", at.name())))?;
+        let sizes: Vec<Size> = kernel.iter().map(|&size| Size::always(size.max(1) as usize)).collect();
+        Ok(Self { window: window(at, &sizes, &small, &large)?, kernel: kernel.to_vec(), small, large })
+    }
+
+    fn rank(&self) -> usize {
+        self.large.len()
+    }
 }
 
 /// `[B, C, ...]` as `[B C, 1, ...]`.
@@ -33,36 +48,38 @@ fn pictures(value: &Expr, rank: usize) -> Expr {
 
 /// y = Σ x / n over windows, n the places of a window that count:  x̄ = transposed convolution of ȳ / n with ones
 fn average(at: &Site) -> Result<()> {
-    let (window, small, large) = windows(at)?;
-    let rank = large.len();
+    let pool = Pool::of(at)?;
+    let (window, rank) = (&pool.window, pool.rank());
     let ones = |sizes: &[i64]| at.graph().ints(sizes).ones_of(at.x(0).data_type);
-    let kernel = ones(&[&[1, 1], window.kernel.as_slice()].concat());
+    let kernel = ones(&[&[1, 1], pool.kernel.as_slice()].concat());
     let padded = window.pads.0.iter().chain(&window.pads.1).any(|&pad| pad != 0);
-    if at.int("ceil_mode", 0) != 0 && window.left_over(at, &small, &large)?.iter().any(|&rest| rest < 0) {
+    if at.int("ceil_mode", 0) != 0 && window.left_over(at, &pool.small, &pool.large)?.iter().any(|&rest| rest < 0) {
         return Err(at.unsupported("windows that reach beyond the padding (ceil_mode)"));
     }
     if !at.wants(0) {
         return Ok(());
     }
     let share = match padded && at.int("count_include_pad", 0) == 0 {
-        true => at.dy() / counts(at, &window, &kernel, &small, &large),
-        false => at.dy() / window.kernel.iter().product::<i64>() as f64,
+        true => at.dy() / counts(at, &pool),
+        false => at.dy() / pool.kernel.iter().product::<i64>() as f64,
     };
-    let sum = spread(at, &window, &pictures(&share, rank), &kernel, &small, &large)?;
+    let sum = spread(at, window, &pictures(&share, rank), &kernel, &pool.small, &pool.large)?;
     at.give(0, || sum.reshape(&at.shape(0)));
     Ok(())
 }
 
 /// How many places of x each window holds: `[1, 1, ...]`.
-fn counts(at: &Site, window: &Window, kernel: &Expr, small: &[Size], large: &[Size]) -> Expr {
+fn counts(at: &Site, pool: &Pool) -> Expr {
+    let (window, kernel) = (&pool.window, pool.kernel.as_slice());
     let data_type = at.x(0).data_type;
-    let (Some(out), Some(places)) = (fixed(small), fixed(large)) else {
-        let sizes = at.graph().ints(&[1, 1]).join(&[&at.shape(0).slice(0, 2, large.len() as i64)], 0);
-        return sizes.ones_of(data_type).op_with("Conv", &[kernel], |node| window.on(node));
+    let (Some(out), Some(places)) = (fixed(&pool.small), fixed(&pool.large)) else {
+        let sizes = at.graph().ints(&[1, 1]).join(&[&at.shape(0).slice(0, 2, pool.rank() as i64)], 0);
+        let ones = at.graph().ints(&[&[1, 1], kernel].concat()).ones_of(data_type);
+        return sizes.ones_of(data_type).op_with("Conv", &[&ones], |node| window.on(node));
     };
     let along = |axis: usize, place: i64| {
         let first = place * window.strides[axis] - window.pads.0[axis];
-        let reached = (0..window.kernel[axis]).map(|offset| first + offset * window.dilations[axis]);
+        let reached = (0..kernel[axis]).map(|offset| first + offset * window.dilations[axis]);
         reached.filter(|place| (0..places[axis]).contains(place)).count()
     };
     let count = |place: Vec<i64>| place.iter().enumerate().map(|(axis, &place)| along(axis, place)).product::<usize>();
@@ -81,29 +98,30 @@ fn maximum(at: &Site) -> Result<()> {
     if at.cotangent(1).is_some() {
         return Err(at.unsupported("no gradient through indices"));
     }
-    let (window, small, large) = windows(at)?;
+    let pool = Pool::of(at)?;
     if !at.wants(0) {
         return Ok(());
     }
-    let places = places(at, &window);
+    let places = places(at, &pool);
     let cotangent = if at.graph().opset() >= SCATTER_ADDS {
         let flat = at.shape(0).op_with("ReduceProd", &[], |node| node.with("keepdims", 1));
         let zeros = flat.zeros_of(at.dy().data_type);
         let add = |node: crate::onnx::proto::NodeProto| node.with("axis", 0).with("reduction", "add");
         zeros.op_with("ScatterElements", &[&places.reshape_to(&[-1]), &at.dy().reshape_to(&[-1])], add)
     } else {
-        maximum_by_offsets(at, &window, &places, &small, &large)?
+        maximum_by_offsets(at, &pool, &places)?
     };
     at.give(0, || cotangent.reshape(&at.shape(0)));
     Ok(())
 }
 
 /// The index in x, as one row of numbers, of the maximum of each window.
-fn places(at: &Site, window: &Window) -> Expr {
+fn places(at: &Site, pool: &Pool) -> Expr {
+    let window = &pool.window;
     let x = at.x(0);
     let outputs = at.graph().nodes("MaxPool", &[&x], &[Some(x.data_type), Some(DataType::Int64)], |node| {
         let node = node
-            .with("kernel_shape", window.kernel.as_slice())
+            .with("kernel_shape", pool.kernel.as_slice())
             .with("strides", window.strides.as_slice())
             .with("dilations", window.dilations.as_slice())
             .with("ceil_mode", at.int("ceil_mode", 0));
@@ -114,11 +132,12 @@ fn places(at: &Site, window: &Window) -> Expr {
 
 /// Without a scattering sum: ȳ is laid into one channel for each offset in the window, 0 where the maximum is elsewhere,
 /// and a transposed convolution puts each channel at its offset.
-fn maximum_by_offsets(at: &Site, window: &Window, places: &Expr, small: &[Size], large: &[Size]) -> Result<Expr> {
-    let (Some(out), Some(places_of_x)) = (fixed(small), fixed(large)) else {
+fn maximum_by_offsets(at: &Site, pool: &Pool, places: &Expr) -> Result<Expr> {
+    let (window, kernel) = (&pool.window, &pool.kernel);
+    let (Some(out), Some(places_of_x)) = (fixed(&pool.small), fixed(&pool.large)) else {
         return Err(at.unsupported("sizes that vary from run to run (operator set 16 or newer allows them)"));
     };
-    let offsets = grid(&window.kernel);
+    let offsets = grid(kernel);
     let mut expected = Vec::new();
     for offset in &offsets {
         for place in grid(&out) {
@@ -131,17 +150,16 @@ fn maximum_by_offsets(at: &Site, window: &Window, places: &Expr, small: &[Size],
         }
     }
     let graph = at.graph();
-    let rank = small.len();
     let count = offsets.len() as i64;
     let expected = graph.ints(&expected).reshape_to(&[&[1, count], out.as_slice()].concat());
-    let within = pictures(places, rank).op("Mod", &[&graph.int(places_of_x.iter().product())]);
+    let within = pictures(places, pool.rank()).op("Mod", &[&graph.int(places_of_x.iter().product())]);
     let zero = at.dy().number(0.0);
-    let laid = within.equals(&expected).choose(&pictures(&at.dy(), rank), &zero);
-    let kernel: Vec<f64> =
+    let laid = within.equals(&expected).choose(&pictures(&at.dy(), pool.rank()), &zero);
+    let diagonal: Vec<f64> =
         (0..count * count).map(|index| f64::from(u8::from(index / count == index % count))).collect();
-    let sizes: Vec<usize> = [count, 1].iter().chain(&window.kernel).map(|&size| size as usize).collect();
-    let kernel = graph.numbers(laid.data_type, &sizes, &kernel);
-    spread(at, window, &laid, &kernel, small, large)
+    let sizes: Vec<usize> = [count, 1].iter().chain(kernel).map(|&size| size as usize).collect();
+    let offsets = graph.numbers(laid.data_type, &sizes, &diagonal);
+    spread(at, window, &laid, &offsets, &pool.small, &pool.large)
 }
 
 /// All places of a grid, row by row.
