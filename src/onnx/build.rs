@@ -1,7 +1,7 @@
 //! Small constructors for what a graph is made of: nodes with attributes, constant tensors, declared values, names
 //! that are not taken. Must not know any particular operator.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 
@@ -175,6 +175,8 @@ pub fn declared_dims(info: &ValueInfoProto) -> Option<Vec<Dim>> {
 #[derive(Clone, Debug, Default)]
 pub struct Names {
     taken: HashSet<String>,
+    /// The next number to try behind a wish.
+    next: HashMap<String, u64>,
 }
 
 impl Names {
@@ -207,10 +209,13 @@ impl Names {
     /// Takes `wish` if it is free, else `wish` with the lowest number that makes it so.
     pub fn fresh(&mut self, wish: &str) -> String {
         let mut name = wish.to_owned();
-        let mut attempt = 1u64;
-        while name.is_empty() || self.taken.contains(&name) {
-            name = format!("{wish}_{attempt}");
-            attempt += 1;
+        if name.is_empty() || self.taken.contains(&name) {
+            // Numbers are never given back, so the search goes on where the last one ended.
+            let next = self.next.entry(wish.to_owned()).or_insert(1);
+            while name.is_empty() || self.taken.contains(&name) {
+                name = format!("{wish}_{next}");
+                *next += 1;
+            }
         }
         self.taken.insert(name.clone());
         name

@@ -76,23 +76,24 @@ fn above(what: impl std::fmt::Display, unit: &str, limit: impl std::fmt::Display
 }
 
 /// What names a function: domain, name and overload.
-type FunctionKey<'a> = (&'a str, &'a str, &'a str);
+pub(super) type FunctionKey<'a> = (&'a str, &'a str, &'a str);
 
 fn domain(domain: &str) -> &str {
     if domain == "ai.onnx" { "" } else { domain }
 }
 
-fn called(node: &NodeProto) -> FunctionKey<'_> {
+pub(super) fn called(node: &NodeProto) -> FunctionKey<'_> {
     (domain(node.domain()), node.op_type(), node.overload())
 }
 
-struct Functions<'a> {
+/// The model-local functions by what names them.
+pub(super) struct Functions<'a> {
     all: &'a [FunctionProto],
     by_key: HashMap<FunctionKey<'a>, usize>,
 }
 
 impl<'a> Functions<'a> {
-    fn new(all: &'a [FunctionProto]) -> Result<Self> {
+    pub(super) fn new(all: &'a [FunctionProto]) -> Result<Self> {
         let mut by_key = HashMap::new();
         for (index, function) in all.iter().enumerate() {
             let key = (domain(function.domain()), function.name(), function.overload());
@@ -101,6 +102,10 @@ impl<'a> Functions<'a> {
             }
         }
         Ok(Self { all, by_key })
+    }
+
+    pub(super) fn find(&self, key: &FunctionKey) -> Option<&'a FunctionProto> {
+        self.all.get(*self.by_key.get(key)?)
     }
 }
 

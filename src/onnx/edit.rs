@@ -514,7 +514,7 @@ fn redirect_node(node: &mut NodeProto, value: &str, other: &str) {
 }
 
 /// Renames every value by `rename` and puts `prefix` before every node's name, in subgraphs too.
-fn rename_graph(graph: &mut GraphProto, prefix: &str, rename: &dyn Fn(&str) -> String) {
+pub(super) fn rename_graph(graph: &mut GraphProto, prefix: &str, rename: &dyn Fn(&str) -> String) {
     let apply = |name: &mut Option<String>| {
         if let Some(name) = name {
             *name = rename(name);

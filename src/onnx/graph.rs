@@ -3,7 +3,7 @@
 //! [`Topology`] is an index over one graph that borrows it. It answers for any graph, also one that breaks the rules
 //! (two producers of a value, a cycle): the first producer counts, and every walk ends.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::proto::tensor_proto::DataType;
 use super::proto::{AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, type_proto};
@@ -40,6 +40,8 @@ pub struct Topology<'g> {
     graph: &'g GraphProto,
     origins: HashMap<&'g str, Origin>,
     uses: HashMap<&'g str, Vec<Use>>,
+    inputs: HashSet<&'g str>,
+    outputs: HashSet<&'g str>,
 }
 
 impl<'g> Topology<'g> {
@@ -74,7 +76,9 @@ impl<'g> Topology<'g> {
                 uses.entry(name).or_default().push(Use { node: index, input: None });
             }
         }
-        Self { graph, origins, uses }
+        let inputs = graph.input.iter().map(|input| input.name()).collect();
+        let outputs = graph.output.iter().map(|output| output.name()).collect();
+        Self { graph, origins, uses, inputs, outputs }
     }
 
     /// The graph.
@@ -109,7 +113,7 @@ impl<'g> Topology<'g> {
 
     /// Whether a value is an output of the graph.
     pub fn is_output(&self, value: &str) -> bool {
-        self.graph.output.iter().any(|output| output.name() == value)
+        self.outputs.contains(value)
     }
 
     /// The initializer of that name.
@@ -123,10 +127,7 @@ impl<'g> Topology<'g> {
     /// The tensor that a value always is: an initializer that is no graph input, or the `value` of a `Constant` node.
     pub fn constant(&self, value: &str) -> Option<&'g TensorProto> {
         match self.origin(value)? {
-            Origin::Initializer(index) => {
-                let overridable = self.graph.input.iter().any(|input| input.name() == value);
-                self.graph.initializer.get(index).filter(|_| !overridable)
-            }
+            Origin::Initializer(index) => self.graph.initializer.get(index).filter(|_| !self.inputs.contains(value)),
             Origin::Node { node, .. } => {
                 let node = self.graph.node.get(node).filter(|node| node.is("Constant"))?;
                 node.attribute("value")?.t.as_ref()
@@ -148,7 +149,7 @@ impl<'g> Topology<'g> {
         values: impl IntoIterator<Item = &'v str>,
         from: impl IntoIterator<Item = &'v str>,
     ) -> Vec<bool> {
-        let from: std::collections::HashSet<&str> = from.into_iter().collect();
+        let from: HashSet<&str> = from.into_iter().collect();
         let mut marked = vec![false; self.graph.node.len()];
         let mut open: Vec<usize> = Vec::new();
         let mut visit = |value: &str, open: &mut Vec<usize>| {
@@ -291,7 +292,7 @@ pub fn captured(node: &NodeProto) -> Vec<&str> {
 }
 
 fn free_names<'g>(graph: &'g GraphProto, free: &mut Vec<&'g str>) {
-    let mut own: std::collections::HashSet<&str> = graph.input.iter().map(|input| input.name()).collect();
+    let mut own: HashSet<&str> = graph.input.iter().map(|input| input.name()).collect();
     own.extend(graph.initializer.iter().map(|tensor| tensor.name()));
     own.extend(graph.sparse_initializer.iter().filter_map(|sparse| Some(sparse.values.as_ref()?.name())));
     own.extend(graph.node.iter().flat_map(|node| node.output.iter().map(String::as_str)));

@@ -8,6 +8,7 @@ pub mod external;
 mod fold;
 pub mod grad;
 pub mod graph;
+pub mod inline;
 pub mod limits;
 pub mod model;
 #[allow(missing_docs, clippy::all)]

@@ -103,17 +103,13 @@ impl Graph {
         outputs
     }
 
-    /// An input that is left out.
-    pub(super) fn absent(&self) -> Expr {
-        Expr { graph: self.clone(), name: "".into(), data_type: DataType::Undefined }
-    }
-
-    /// A constant tensor of a floating-point type.
+    /// A constant tensor of a floating-point type, or of i64.
     pub(super) fn numbers(&self, data_type: DataType, dims: &[usize], values: &[f64]) -> Expr {
         let bytes: Vec<u8> = match data_type {
             DataType::Double => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             DataType::Float16 => values.iter().flat_map(|&value| f16::from_f64(value).to_le_bytes()).collect(),
             DataType::Bfloat16 => values.iter().flat_map(|&value| bf16::from_f64(value).to_le_bytes()).collect(),
+            DataType::Int64 => values.iter().flat_map(|&value| (value as i64).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|&value| (value as f32).to_le_bytes()).collect(),
         };
         self.constant(data_type, dims, bytes)
@@ -201,11 +197,6 @@ impl Expr {
         }
     }
 
-    /// The larger of this and a number, element by element.
-    pub(super) fn at_least(&self, bound: f64) -> Expr {
-        self.op("Max", &[&self.number(bound)])
-    }
-
     /// Where this is less than another, as booleans.
     pub(super) fn less(&self, other: &Expr) -> Expr {
         self.graph.node("Less", &[self, other], DataType::Bool, |node| node)
@@ -260,6 +251,9 @@ impl Expr {
 
     /// Axis `i` of the result is axis `order[i]` of this.
     pub(super) fn transpose(&self, order: &[usize]) -> Expr {
+        if order.iter().enumerate().all(|(to, &from)| to == from) {
+            return self.clone();
+        }
         let order: Vec<i64> = order.iter().map(|&axis| axis as i64).collect();
         self.op_with("Transpose", &[], |node| node.with("perm", order))
     }
@@ -275,6 +269,11 @@ impl Expr {
     pub(super) fn slice(&self, axis: i64, start: i64, end: i64) -> Expr {
         let int = |value| self.graph.ints(&[value]);
         self.op("Slice", &[&int(start), &int(end), &int(axis), &int(1)])
+    }
+
+    /// This and others, one behind the other along an axis.
+    pub(super) fn join(&self, others: &[&Expr], axis: i64) -> Expr {
+        self.op_with("Concat", others, |node| node.with("axis", axis))
     }
 
     /// Backwards along axes.
@@ -300,7 +299,17 @@ impl Expr {
 
     /// A value of this shape that is zero everywhere.
     pub(super) fn zeros(&self) -> Expr {
-        zeros(&self.sizes(), self.data_type)
+        self.sizes().zeros_of(self.data_type)
+    }
+
+    /// Zeros in the shape that this is.
+    pub(super) fn zeros_of(&self, data_type: DataType) -> Expr {
+        filled(self, data_type, 0)
+    }
+
+    /// Ones in the shape that this is.
+    pub(super) fn ones_of(&self, data_type: DataType) -> Expr {
+        filled(self, data_type, 1)
     }
 
     fn shared(&self, what: &'static str, data_type: DataType, make: impl FnOnce(&Self) -> Expr) -> Expr {
@@ -315,11 +324,16 @@ impl Expr {
     }
 }
 
-/// Zeros in a shape that is a value.
-pub(super) fn zeros(sizes: &Expr, data_type: DataType) -> Expr {
-    let width = data_type.bits().unwrap_or(32).div_ceil(8) as usize;
-    let zero = build::tensor("value", data_type, &[1], vec![0u8; width]);
-    sizes.graph.node("ConstantOfShape", &[sizes], data_type, |node| node.with("value", zero))
+fn filled(sizes: &Expr, data_type: DataType, number: u8) -> Expr {
+    let bytes = match data_type {
+        DataType::Double => f64::from(number).to_le_bytes().to_vec(),
+        DataType::Float16 => f16::from(number).to_le_bytes().to_vec(),
+        DataType::Bfloat16 => bf16::from(number).to_le_bytes().to_vec(),
+        DataType::Int64 => i64::from(number).to_le_bytes().to_vec(),
+        _ => f32::from(number).to_le_bytes().to_vec(),
+    };
+    let value = build::tensor("value", data_type, &[1], bytes);
+    sizes.graph.node("ConstantOfShape", &[sizes], data_type, |node| node.with("value", value))
 }
 
 macro_rules! arithmetic {

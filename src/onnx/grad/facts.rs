@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::path::Path;
 use crate::error::{Error, Result};
 use crate::onnx::graph::Topology;
+use crate::onnx::inline::inlined;
 use crate::onnx::model::Model;
 use crate::onnx::proto::tensor_proto::DataType;
 
@@ -33,6 +34,11 @@ pub struct Observation {
 pub struct Size(Vec<usize>);
 
 impl Size {
+    /// A size that no run can change.
+    pub(super) fn always(size: usize) -> Self {
+        Self(vec![size])
+    }
+
     /// The size, if it is the same in every run.
     pub(super) fn fixed(&self) -> Option<usize> {
         let first = *self.0.first()?;
@@ -41,6 +47,11 @@ impl Size {
 
     pub(super) fn is_one(&self) -> bool {
         self.fixed() == Some(1)
+    }
+
+    /// The size in one of the runs.
+    pub(super) fn in_run(&self, run: usize) -> usize {
+        self.0.get(run).or(self.0.first()).copied().unwrap_or(0)
     }
 
     /// The size in each run.
@@ -110,10 +121,12 @@ impl Facts {
     }
 }
 
-/// What must be observed before the gradient of `output` with respect to `wrt` can be written.
+/// What must be observed before the gradient of `output` with respect to `wrt` can be written: in runs of the model, or,
+/// if it has functions of its own, of the [`inlined`] model.
 ///
 /// Errors: as [`super::vjp`].
 pub fn questions(model: &Model, wrt: &[&str], output: &str) -> Result<Questions> {
+    let model = &*inlined(model)?;
     let topology = Topology::new(model.graph());
     let path = Path::new(model, &topology, wrt, output)?;
     let mut asked = Questions::default();
@@ -121,6 +134,7 @@ pub fn questions(model: &Model, wrt: &[&str], output: &str) -> Result<Questions>
         _ if value.is_empty() => {}
         Some(DataType::Int64) => {
             asked.numbers.insert(value.to_owned());
+            asked.sizes.insert(value.to_owned());
         }
         Some(_) => {
             asked.sizes.insert(value.to_owned());

@@ -1,7 +1,7 @@
 //! The gradient of an ONNX model is an ONNX model: reverse-mode differentiation by appended standard operators.
 //!
-//! [`questions`] tells what must be observed in a run of the model, [`Facts`] takes the answers, and [`vjp`] appends the
-//! backward graph. One rule a kind of operator, in `rules/`, writes the cotangents of a node's inputs from those of its
+//! [`questions`] tells what must be observed in a run of the model (of the [`inlined`] one, if it has functions),
+//! [`Facts`] takes the answers, and [`vjp`] appends the backward graph. One rule a kind of operator, in `rules/`, writes the cotangents of a node's inputs from those of its
 //! outputs. Rules emit only operators that have rules, so a gradient can be differentiated again: a Jacobian-vector
 //! product is a sweep over a sweep ([`jvp`]). Gradients of fp16 and bf16 models are computed in f32.
 
@@ -16,12 +16,14 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use expr::Graph;
+use facts::Size;
 pub use facts::{Facts, Observation, Questions, questions};
 pub use loss::{MeanSquaredError, mean_squared_error};
 use path::Path;
 use site::{Site, Sweep, describe};
 
 use super::build::{self, Dim, Names};
+use super::inline::inlined;
 use super::model::Model;
 use super::proto::tensor_proto::DataType;
 use crate::error::{Error, Result};
@@ -54,6 +56,7 @@ pub struct Gradient {
 /// is not of floating point, if the output does not depend on it, or if `facts` lacks something;
 /// [`crate::Status::Unsupported`] for an operator without a rule, named with its node and operator set.
 pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Effort) -> Result<Gradient> {
+    let model = &*inlined(model)?;
     let opset = model.opset("").unwrap_or_default();
     if opset < 13 {
         return Err(Error::unsupported(format!(
@@ -90,6 +93,10 @@ pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Eff
         rule(&Site { node, sweep: &sweep })?;
     }
     graph.enter("");
+    let dims = |value: &str| {
+        let dim = |size: &Size| size.fixed().map_or(Dim::Any, |size| Dim::Fixed(size as i64));
+        Some(facts.sizes(value)?.iter().map(dim).collect::<Vec<_>>())
+    };
     let mut gradients = Vec::new();
     let mut outputs = Vec::new();
     for value in wrt {
@@ -98,14 +105,9 @@ pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Eff
         // An output of its own, also where two gradients are one value or the cotangent itself.
         let name = graph.fresh(&format!("{value}/gradient"));
         outputs.push(build::node("Identity", [&*found.name], [name.as_str()]).named(name.clone()));
-        let dims = facts.sizes(value).map(|sizes| {
-            sizes.iter().map(|size| size.fixed().map_or(Dim::Any, |size| Dim::Fixed(size as i64))).collect::<Vec<_>>()
-        });
-        gradients.push(build::value(&name, found.data_type, dims.as_deref()));
+        gradients.push(build::value(&name, found.data_type, dims(value).as_deref()));
     }
-    let cotangent_dims = facts.sizes(output).map(|sizes| {
-        sizes.iter().map(|size| size.fixed().map_or(Dim::Any, |size| Dim::Fixed(size as i64))).collect::<Vec<_>>()
-    });
+    let cotangent_dims = dims(output);
     let (nodes, initializers) = graph.take();
     let names = gradients.iter().map(|info| info.name().to_owned()).collect();
     let mut model = model.clone();

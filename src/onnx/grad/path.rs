@@ -4,8 +4,9 @@ use std::collections::{HashMap, HashSet};
 
 use super::rules;
 use crate::error::{Error, Result};
-use crate::onnx::graph::Topology;
+use crate::onnx::graph::{Topology, captured};
 use crate::onnx::model::Model;
+use crate::onnx::proto::NodeProto;
 use crate::onnx::proto::tensor_proto::DataType;
 
 /// The way from the wanted values to the output.
@@ -34,34 +35,31 @@ impl<'g> Path<'g> {
                 )));
             }
         }
-        let differentiable = |value: &str| types.get(value).is_none_or(|data_type| data_type.is_float());
-        let names: HashMap<&str, &'g str> = graph
-            .node
-            .iter()
-            .flat_map(|node| node.input.iter().chain(&node.output))
-            .map(|name| (name.as_str(), name.as_str()))
-            .collect();
-        let mut live: HashSet<&'g str> = wrt.iter().filter_map(|value| names.get(value).copied()).collect();
-        let before = topology.before([output], []);
+        // Forwards: what depends on a wanted value. Nodes stand in topological order.
+        let wanted: HashSet<&str> = wrt.iter().copied().collect();
+        let mut live: HashSet<&'g str> = HashSet::new();
         let mut nodes = vec![false; graph.node.len()];
-        for (index, node) in graph.node.iter().enumerate() {
-            let reached = node.input.iter().any(|input| live.contains(input.as_str()))
-                || crate::onnx::graph::captured(node).iter().any(|value| live.contains(value));
-            if reached && !rules::is_flat(node) {
-                nodes[index] = before[index];
-                live.extend(
-                    node.output.iter().map(String::as_str).filter(|value| !value.is_empty() && differentiable(value)),
-                );
+        for (index, node) in graph.node.iter().enumerate().filter(|(_, node)| !rules::is_flat(node)) {
+            let given: Vec<&str> = given(node).filter(|value| wanted.contains(value) || live.contains(value)).collect();
+            if !given.is_empty() {
+                nodes[index] = true;
+                live.extend(given);
+                let made = node.output.iter().map(String::as_str).filter(|value| !value.is_empty());
+                live.extend(made.filter(|value| types.get(value).is_none_or(|data_type| data_type.is_float())));
             }
         }
-        let depends = topology.before([output], []);
-        for value in wrt {
-            let used = *value == output || topology.consumers(value).any(|(node, _)| depends[node] && nodes[node]);
-            if !used {
-                return Err(Error::invalid_argument(format!("{output:?} does not depend on {value:?}")));
+        // Backwards: what the output depends on, among these.
+        let mut needed: HashSet<&str> = HashSet::from([output]);
+        for (on, node) in nodes.iter_mut().zip(&graph.node).rev().filter(|(on, _)| **on) {
+            *on = node.output.iter().any(|value| needed.contains(value.as_str()));
+            if *on {
+                needed.extend(given(node).filter(|value| live.contains(value)));
             }
         }
-        Ok(Self { nodes, live, types })
+        match wrt.iter().find(|value| !needed.contains(*value)) {
+            Some(value) => Err(Error::invalid_argument(format!("{output:?} does not depend on {value:?}"))),
+            None => Ok(Self { nodes, live, types }),
+        }
     }
 
     /// Whether each node lies on the way.
@@ -77,4 +75,9 @@ impl<'g> Path<'g> {
     pub(super) fn data_type(&self, value: &str) -> Option<DataType> {
         self.types.get(value).copied()
     }
+}
+
+/// The values that a node takes, in its subgraphs too.
+fn given(node: &NodeProto) -> impl Iterator<Item = &str> {
+    node.input.iter().map(String::as_str).chain(captured(node))
 }

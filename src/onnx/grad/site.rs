@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 
 use super::Effort;
-use super::expr::{Expr, Graph, zeros};
+use super::expr::{Expr, Graph};
 use super::facts::{Facts, Size};
 use super::path::Path;
 use crate::error::{Error, Result};
@@ -172,6 +172,10 @@ impl<'s> Site<'s> {
         Ok(self.sizes(index)?.len())
     }
 
+    pub(super) fn output_rank(&self, index: usize) -> Result<usize> {
+        Ok(self.output_sizes(index)?.len())
+    }
+
     fn unknown(&self, value: &str) -> Error {
         Error::invalid_argument(format!(
             "{}: the run that was observed does not show the sizes of {value:?}",
@@ -193,7 +197,7 @@ impl<'s> Site<'s> {
 
     /// Zeros in the shape of input `index`.
     pub(super) fn zeros(&self, index: usize) -> Expr {
-        zeros(&self.shape(index), self.x(index).data_type)
+        self.shape(index).zeros_of(self.x(index).data_type)
     }
 
     /// An axis counted from the front.
@@ -220,7 +224,9 @@ impl<'s> Site<'s> {
     ///
     /// Errors: [`crate::Status::Unsupported`] if it differs from run to run.
     pub(super) fn ints(&self, name: &str, index: usize) -> Result<Option<Vec<i64>>> {
-        if let Some(values) = self.node.attribute_ints(name) {
+        if !name.is_empty()
+            && let Some(values) = self.node.attribute_ints(name)
+        {
             return Ok(Some(values.to_vec()));
         }
         let input = self.input(index);
@@ -239,6 +245,11 @@ impl<'s> Site<'s> {
                 Error::invalid_argument(format!("{}: the run that was observed does not show {input:?}", self.name()))
             }
         })
+    }
+
+    /// The integers of input `index`, if they are the same in every run.
+    pub(super) fn known_ints(&self, index: usize) -> Option<Vec<i64>> {
+        self.ints("", index).ok().flatten()
     }
 
     /// Input `index` as floating-point constants, if it is one.

@@ -8,6 +8,7 @@ use crate::onnx::grad::site::Site;
 pub(super) const RULES: &[(&str, Rule)] = &[
     ("Identity", through),
     ("Cast", through),
+    ("CastLike", through),
     ("Dropout", through),
     ("Exp", exp),
     ("Log", log),
@@ -16,11 +17,18 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("Abs", abs),
     ("Sin", sin),
     ("Cos", cos),
+    ("Tan", tan),
+    ("Asin", asin),
+    ("Acos", acos),
+    ("Atan", atan),
+    ("Sinh", sinh),
+    ("Cosh", cosh),
     ("Erf", erf),
     ("Sigmoid", sigmoid),
     ("Tanh", tanh),
     ("Relu", relu),
     ("LeakyRelu", leaky_relu),
+    ("ThresholdedRelu", thresholded_relu),
     ("PRelu", prelu),
     ("Elu", elu),
     ("Selu", selu),
@@ -91,6 +99,36 @@ fn cos(at: &Site) -> Result<()> {
     give(at, |x| -x.sin())
 }
 
+/// y = tan x:  x̄ = ȳ (1 + y²)
+fn tan(at: &Site) -> Result<()> {
+    give(at, |_| at.y(0) * at.y(0) + 1.0)
+}
+
+/// y = arcsin x:  x̄ = ȳ / √(1 - x²)
+fn asin(at: &Site) -> Result<()> {
+    give(at, |x| (1.0 - &x * &x).sqrt().reciprocal())
+}
+
+/// y = arccos x:  x̄ = -ȳ / √(1 - x²)
+fn acos(at: &Site) -> Result<()> {
+    give(at, |x| -(1.0 - &x * &x).sqrt().reciprocal())
+}
+
+/// y = arctan x:  x̄ = ȳ / (1 + x²)
+fn atan(at: &Site) -> Result<()> {
+    give(at, |x| (&x * &x + 1.0).reciprocal())
+}
+
+/// y = sinh x:  x̄ = ȳ cosh x
+fn sinh(at: &Site) -> Result<()> {
+    give(at, |x| x.op("Cosh", &[]))
+}
+
+/// y = cosh x:  x̄ = ȳ sinh x
+fn cosh(at: &Site) -> Result<()> {
+    give(at, |x| x.op("Sinh", &[]))
+}
+
 /// y = erf x:  x̄ = ȳ 2/√π e^(-x²)
 fn erf(at: &Site) -> Result<()> {
     give(at, |x| (-(&x * &x)).exp() * std::f64::consts::FRAC_2_SQRT_PI)
@@ -109,6 +147,12 @@ fn tanh(at: &Site) -> Result<()> {
 /// y = max(x, 0):  x̄ = ȳ where x > 0
 fn relu(at: &Site) -> Result<()> {
     at.give(0, || above(&at.x(0), 0.0, &at.dy()));
+    Ok(())
+}
+
+/// y = x where x > a, else 0:  x̄ = ȳ or 0
+fn thresholded_relu(at: &Site) -> Result<()> {
+    at.give(0, || above(&at.x(0), at.float("alpha", 1.0), &at.dy()));
     Ok(())
 }
 

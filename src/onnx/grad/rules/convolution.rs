@@ -11,20 +11,19 @@ use crate::onnx::proto::NodeProto;
 pub(super) const RULES: &[(&str, Rule)] = &[("Conv", conv), ("ConvTranspose", conv_transpose)];
 
 /// How a kernel moves over the places, one entry a spatial axis.
-struct Window {
-    kernel: Vec<i64>,
-    strides: Vec<i64>,
-    dilations: Vec<i64>,
+pub(super) struct Window {
+    /// Its sizes. They may vary where a gradient is differentiated: the kernel of a kernel's gradient is a cotangent.
+    pub(super) kernel: Vec<Size>,
+    pub(super) strides: Vec<i64>,
+    pub(super) dilations: Vec<i64>,
     /// Before, and after.
-    pads: (Vec<i64>, Vec<i64>),
-    group: i64,
+    pub(super) pads: (Vec<i64>, Vec<i64>),
+    pub(super) group: i64,
 }
 
 /// Reads a window from a node. `small` and `large` are the sizes on either side: a convolution goes from large to small.
-fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<Window> {
-    let axes = kernel.len() - 2;
-    let kernel: Option<Vec<i64>> = kernel[2..].iter().map(|size| size.fixed().map(|size| size as i64)).collect();
-    let kernel = kernel.ok_or_else(|| at.unsupported("the size of its kernel varies from run to run"))?;
+pub(super) fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<Window> {
+    let axes = kernel.len();
     let ints = |name, default: i64| match at.node.attribute_ints(name) {
         Some(values) if values.len() == axes => Ok(values.to_vec()),
         None => Ok(vec![default; axes]),
@@ -40,10 +39,11 @@ fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<
         same => {
             let mut pads = (Vec::new(), Vec::new());
             for axis in 0..axes {
-                let (Some(small), Some(large)) = (small[axis + 2].fixed(), large[axis + 2].fixed()) else {
+                let sizes = (small[axis + 2].fixed(), large[axis + 2].fixed(), kernel[axis].fixed());
+                let (Some(small), Some(large), Some(kernel)) = sizes else {
                     return Err(at.unsupported("padding to the same size where sizes vary from run to run"));
                 };
-                let reach = (small as i64 - 1) * strides[axis] + (kernel[axis] - 1) * dilations[axis] + 1;
+                let reach = (small as i64 - 1) * strides[axis] + (kernel as i64 - 1) * dilations[axis] + 1;
                 let total = (reach - large as i64).max(0);
                 let before = if same == "SAME_LOWER" { total - total / 2 } else { total / 2 };
                 pads.0.push(before);
@@ -52,31 +52,38 @@ fn window(at: &Site, kernel: &[Size], small: &[Size], large: &[Size]) -> Result<
             pads
         }
     };
-    Ok(Window { kernel, strides, dilations, pads, group: at.int("group", 1) })
+    Ok(Window { kernel: kernel.to_vec(), strides, dilations, pads, group: at.int("group", 1) })
 }
 
 impl Window {
-    fn on(&self, node: NodeProto) -> NodeProto {
-        node.with("strides", self.strides.as_slice())
+    pub(super) fn on(&self, node: NodeProto) -> NodeProto {
+        let node = node
+            .with("strides", self.strides.as_slice())
             .with("dilations", self.dilations.as_slice())
             .with("group", self.group)
-            .with("pads", [self.pads.0.as_slice(), &self.pads.1].concat())
-            .with("kernel_shape", self.kernel.as_slice())
+            .with("pads", [self.pads.0.as_slice(), &self.pads.1].concat());
+        match self.fixed_kernel() {
+            Some(kernel) => node.with("kernel_shape", kernel),
+            None => node,
+        }
+    }
+
+    pub(super) fn fixed_kernel(&self) -> Option<Vec<i64>> {
+        self.kernel.iter().map(|size| size.fixed().map(|size| size as i64)).collect()
     }
 
     /// What the places at the end that no window reaches add to the size of a transposed convolution: the same in every
     /// run, or there is no one graph for them.
-    fn left_over(&self, at: &Site, small: &[Size], large: &[Size]) -> Result<Vec<i64>> {
+    pub(super) fn left_over(&self, at: &Site, small: &[Size], large: &[Size]) -> Result<Vec<i64>> {
         let axis = |axis: usize| {
-            let reach = |size: usize| {
-                (size as i64 - 1) * self.strides[axis] + (self.kernel[axis] - 1) * self.dilations[axis] + 1
-                    - self.pads.0[axis]
-                    - self.pads.1[axis]
+            let rest = |run: usize| {
+                let [small, large, kernel] =
+                    [&small[axis + 2], &large[axis + 2], &self.kernel[axis]].map(|size| size.in_run(run) as i64);
+                let reach = (small - 1) * self.strides[axis] + (kernel - 1) * self.dilations[axis] + 1;
+                large + self.pads.0[axis] + self.pads.1[axis] - reach
             };
-            let mut runs = small[axis + 2].seen().iter().zip(large[axis + 2].seen());
-            let rest = runs.clone().map(|(&small, &large)| large as i64 - reach(small)).next().unwrap_or(0);
-            match runs.all(|(&small, &large)| large as i64 - reach(small) == rest) {
-                true => Ok(rest),
+            match (1..small[axis + 2].seen().len()).all(|run| rest(run) == rest(0)) {
+                true => Ok(rest(0)),
                 false => Err(at.unsupported("the places that no window reaches differ between the observed runs")),
             }
         };
@@ -86,17 +93,30 @@ impl Window {
 
 /// The cotangent of a convolution's input: the transposed convolution of `dy`. `small` are the sizes of `dy`, `large`
 /// those of the input.
-fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], large: &[Size]) -> Result<Expr> {
+pub(super) fn spread(
+    at: &Site,
+    window: &Window,
+    dy: &Expr,
+    kernel: &Expr,
+    small: &[Size],
+    large: &[Size],
+) -> Result<Expr> {
     let rest = window.left_over(at, small, large)?;
     let axes: Vec<i64> = (2..small.len() as i64).collect();
     let unit = |values: &[i64]| values.iter().all(|&value| value == 1);
-    let turned_pads = |pads: &[i64]| -> Vec<i64> {
-        (0..pads.len()).map(|axis| window.dilations[axis] * (window.kernel[axis] - 1) - pads[axis]).collect()
+    let turned = |sizes: Vec<i64>| {
+        let pads = |pads: &[i64]| -> Vec<i64> {
+            (0..pads.len()).map(|axis| window.dilations[axis] * (sizes[axis] - 1) - pads[axis]).collect()
+        };
+        let pads = (pads(&window.pads.0), pads(&window.pads.1));
+        let fits = pads.0.iter().chain(&pads.1).all(|&pad| pad >= 0);
+        (fits && sizes.iter().any(|&size| size > 1)).then_some(pads)
     };
-    let (before, after) = (turned_pads(&window.pads.0), turned_pads(&window.pads.1));
-    let fits = before.iter().chain(&after).all(|&pad| pad >= 0);
-    let larger = window.kernel.iter().any(|&size| size > 1);
-    if at.effort() == Effort::Speed && unit(&window.strides) && window.group == 1 && fits && larger {
+    if at.effort() == Effort::Speed
+        && unit(&window.strides)
+        && window.group == 1
+        && let Some(pads) = window.fixed_kernel().and_then(turned)
+    {
         // With stride 1 it is a convolution with the turned kernel, which runs faster.
         let mut order: Vec<usize> = (0..small.len()).collect();
         order.swap(0, 1);
@@ -104,7 +124,7 @@ fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], 
             kernel: window.kernel.clone(),
             strides: window.strides.clone(),
             dilations: window.dilations.clone(),
-            pads: (before, after),
+            pads,
             group: 1,
         };
         return Ok(dy.op_with("Conv", &[&kernel.flip(&axes).transpose(&order)], |node| turned.on(node)));
@@ -123,10 +143,14 @@ fn spread(at: &Site, window: &Window, dy: &Expr, kernel: &Expr, small: &[Size], 
 }
 
 /// The cotangent of a kernel: the convolution of the input `large` with `small`, batch and channels exchanged.
-fn of_kernel(at: &Site, window: &Window, large: &Expr, small: &Expr, channels: &Size) -> Result<Expr> {
-    let Some(channels) = channels.fixed() else {
-        return Err(at.unsupported("the number of its channels varies from run to run"));
-    };
+fn of_kernel(
+    at: &Site,
+    window: &Window,
+    large: &Expr,
+    small: &Expr,
+    large_sizes: &[Size],
+    small_sizes: &[Size],
+) -> Result<Expr> {
     let rank = window.kernel.len() + 2;
     let (groups, places): (i64, Vec<usize>) = (window.group, (2..rank).collect());
     let order = |first: &[usize], shift: usize| -> Vec<usize> {
@@ -136,36 +160,42 @@ fn of_kernel(at: &Site, window: &Window, large: &Expr, small: &Expr, channels: &
         (large.transpose(&order(&[1, 0], 0)), small.transpose(&order(&[1, 0], 0)))
     } else {
         // [B, G·C, ...] as [C, G·B, ...] and [B, G·M, ...] as [G·M, B, ...]: one group sees its own channels only.
-        let tail = |value: &Expr| {
-            let sizes = value.sizes();
-            sizes.slice(0, 2, rank as i64)
-        };
-        let joined = |parts: &[&Expr]| parts[0].op_with("Concat", &parts[1..], |node| node.with("axis", 0));
-        let batch = large.sizes().slice(0, 0, 1);
-        let int = |value: i64| at.graph().ints(&[value]);
-        let inner = channels as i64 / groups;
-        let split = large.reshape(&joined(&[&batch, &int(groups), &int(inner), &tail(large)]));
-        let left = split.transpose(&order(&[2, 1, 0], 1)).reshape(&joined(&[&int(inner), &int(-1), &tail(large)]));
+        let (sizes, int) = (large.sizes(), |value: i64| at.graph().ints(&[value]));
+        let tail = sizes.slice(0, 2, rank as i64);
+        let split = large.reshape(&sizes.slice(0, 0, 1).join(&[&int(groups), &int(-1), &tail], 0));
+        let inner = split.sizes().slice(0, 2, 3);
+        let left = split.transpose(&order(&[2, 1, 0], 1)).reshape(&inner.join(&[&int(-1), &tail], 0));
         (left, small.transpose(&order(&[1, 0], 0)))
     };
+    // Strides and dilations change places: one step of the kernel is a dilation in x, one step of ȳ a stride.
     let swapped = Window {
-        kernel: Vec::new(),
+        kernel: small_sizes[2..].to_vec(),
         strides: window.dilations.clone(),
         dilations: window.strides.clone(),
         pads: window.pads.clone(),
         group: groups,
     };
-    let mut full = left.op_with("Conv", &[&right], |node| {
-        node.with("strides", swapped.strides.as_slice())
-            .with("dilations", swapped.dilations.as_slice())
-            .with("group", groups)
-            .with("pads", [swapped.pads.0.as_slice(), &swapped.pads.1].concat())
-    });
+    let full = left.op_with("Conv", &[&right], |node| swapped.on(node));
     // Places at the end that no window reached make the result larger than the kernel.
-    for (axis, &size) in window.kernel.iter().enumerate() {
-        full = full.slice(axis as i64 + 2, 0, size);
-    }
+    let rest = window.left_over(at, small_sizes, large_sizes)?;
+    let full = fit(full, &rest, &window.dilations, &at.sizes(1)?, || at.shape(1));
     Ok(full.transpose(&order(&[1, 0], 0)))
+}
+
+/// Cuts a value of too many places to the sizes that it should have: it has `rest / step` more along each axis.
+fn fit(mut value: Expr, rest: &[i64], steps: &[i64], sizes: &[Size], shape: impl Fn() -> Expr) -> Expr {
+    for (axis, _) in rest.iter().zip(steps).enumerate().filter(|(_, (rest, step))| rest >= step) {
+        let axis = axis + 2;
+        value = match sizes[axis].fixed() {
+            Some(size) => value.slice(axis as i64, 0, size as i64),
+            None => {
+                let [start, along, step] = [0, axis as i64, 1].map(|number| value.graph().ints(&[number]));
+                let end = shape().slice(0, axis as i64, axis as i64 + 1);
+                value.op("Slice", &[&start, &end, &along, &step])
+            }
+        };
+    }
+    value
 }
 
 fn bias(at: &Site, rank: usize) {
@@ -175,15 +205,15 @@ fn bias(at: &Site, rank: usize) {
 
 /// y = x ∗ w + b:  x̄ = transposed convolution of ȳ with w,  w̄ = convolution of x with ȳ,  b̄ = Σ ȳ
 fn conv(at: &Site) -> Result<()> {
-    let (large, small, kernel) = (at.sizes(0)?, at.output_sizes(0)?, at.sizes(1)?);
-    let window = window(at, &kernel, &small, &large)?;
+    let (large, small) = (at.sizes(0)?, at.output_sizes(0)?);
+    let window = window(at, &at.sizes(1)?[2..], &small, &large)?;
     bias(at, large.len());
     if at.wants(0) {
         let cotangent = spread(at, &window, &at.dy(), &at.x(1), &small, &large)?;
         at.give(0, || cotangent);
     }
     if at.wants(1) {
-        let cotangent = of_kernel(at, &window, &at.x(0), &at.dy(), &large[1])?;
+        let cotangent = of_kernel(at, &window, &at.x(0), &at.dy(), &large, &small)?;
         at.give(1, || cotangent);
     }
     Ok(())
@@ -191,24 +221,20 @@ fn conv(at: &Site) -> Result<()> {
 
 /// y = transposed convolution of x with w, plus b:  x̄ = ȳ ∗ w,  w̄ = convolution of ȳ with x,  b̄ = Σ ȳ
 fn conv_transpose(at: &Site) -> Result<()> {
-    let (small, large, kernel) = (at.sizes(0)?, at.output_sizes(0)?, at.sizes(1)?);
+    let (small, large) = (at.sizes(0)?, at.output_sizes(0)?);
     if at.text("auto_pad", "NOTSET") != "NOTSET" || at.node.attribute_ints("output_shape").is_some() {
         return Err(at.unsupported("automatic padding or a given output shape"));
     }
-    let window = window(at, &kernel, &small, &large)?;
+    let window = window(at, &at.sizes(1)?[2..], &small, &large)?;
     bias(at, large.len());
-    // `output_padding` only appends places that are read like any other.
     if at.wants(0) {
-        let mut full = at.dy().op_with("Conv", &[&at.x(1)], |node| window.on(node));
-        for (axis, size) in small.iter().enumerate().skip(2) {
-            if let Some(size) = size.fixed() {
-                full = full.slice(axis as i64, 0, size as i64);
-            }
-        }
+        let rest = window.left_over(at, &small, &large)?;
+        let full = at.dy().op_with("Conv", &[&at.x(1)], |node| window.on(node));
+        let full = fit(full, &rest, &window.strides, &small, || at.shape(0));
         at.give(0, || full);
     }
     if at.wants(1) {
-        let cotangent = of_kernel(at, &window, &at.dy(), &at.x(0), &large[1])?;
+        let cotangent = of_kernel(at, &window, &at.dy(), &at.x(0), &large, &small)?;
         at.give(1, || cotangent);
     }
     Ok(())

@@ -1,13 +1,13 @@
 //! Products of matrices.
 
 use super::Rule;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::onnx::grad::expr::Expr;
 use crate::onnx::grad::facts::Size;
 use crate::onnx::grad::site::Site;
 
-pub(super) const RULES: &[(&str, Rule)] = &[("MatMul", matmul), ("Gemm", gemm)];
+pub(super) const RULES: &[(&str, Rule)] = &[("MatMul", matmul), ("Gemm", gemm), ("Einsum", einsum)];
 
 /// Y = A B over the last two axes, the others broadcast:  Ā = Ȳ Bᵀ,  B̄ = Aᵀ Ȳ, summed over broadcast axes
 fn matmul(at: &Site) -> Result<()> {
@@ -112,4 +112,46 @@ fn gemm(at: &Site) -> Result<()> {
         true => product(at.dy(), true, at.x(0), a_turned),
     });
     at.give_broadcast(2, || if beta == 1.0 { at.dy() } else { at.dy() * beta })
+}
+
+/// y = Σ Π xᵢ with a letter for each axis:  x̄ᵢ = the same of ȳ and the other operands, in the letters of xᵢ
+fn einsum(at: &Site) -> Result<()> {
+    let equation: String = at.text("equation", "").chars().filter(|letter| !letter.is_whitespace()).collect();
+    if equation.contains("...") {
+        return Err(at.unsupported(&format!("an ellipsis in {equation:?}")));
+    }
+    let (left, right) = equation.split_once("->").unwrap_or((&equation, ""));
+    let operands: Vec<&str> = left.split(',').collect();
+    let times = |letter: char| left.matches(letter).count();
+    let repeated = |letters: &str| letters.char_indices().any(|(place, letter)| letters[..place].contains(letter));
+    if operands.iter().any(|operand| repeated(operand)) {
+        return Err(at.unsupported(&format!("a diagonal in {equation:?}")));
+    }
+    if operands.len() != at.inputs() {
+        return Err(Error::invalid_file(format!("{}: {equation:?} for {} operands", at.name(), at.inputs())));
+    }
+    let mut output: Vec<char> = right.chars().collect();
+    if !equation.contains("->") {
+        output = left.chars().filter(|&letter| letter != ',' && times(letter) == 1).collect();
+        output.sort_unstable();
+    }
+    let output: String = output.into_iter().collect();
+    for (index, letters) in operands.iter().enumerate() {
+        at.give(index, || {
+            let others: Vec<usize> = (0..at.inputs()).filter(|&other| other != index).collect();
+            let given = || std::iter::once(output.as_str()).chain(others.iter().map(|&other| operands[other]));
+            let (kept, summed): (Vec<_>, Vec<_>) =
+                letters.char_indices().partition(|&(_, letter)| given().any(|letters| letters.contains(letter)));
+            let kept: String = kept.into_iter().map(|(_, letter)| letter).collect();
+            let equation = format!("{}->{kept}", given().collect::<Vec<_>>().join(","));
+            let values: Vec<Expr> = others.iter().map(|&other| at.x(other)).collect();
+            let product = at
+                .dy()
+                .op_with("Einsum", &values.iter().collect::<Vec<_>>(), |node| node.with("equation", equation.as_str()));
+            // An axis that only this operand has was summed: every place of it gets the same.
+            let axes: Vec<i64> = summed.iter().map(|&(axis, _)| axis as i64).collect();
+            if axes.is_empty() { product } else { product.unsqueeze(&axes).expand(&at.shape(index)) }
+        });
+    }
+    Ok(())
 }

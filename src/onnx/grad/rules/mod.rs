@@ -5,6 +5,7 @@
 
 mod activation;
 mod arithmetic;
+mod attention;
 mod convolution;
 mod gather;
 mod layout;
@@ -26,6 +27,7 @@ pub(super) type Rule = fn(&Site) -> Result<()>;
 const FAMILIES: &[&[(&str, Rule)]] = &[
     activation::RULES,
     arithmetic::RULES,
+    attention::RULES,
     convolution::RULES,
     gather::RULES,
     layout::RULES,

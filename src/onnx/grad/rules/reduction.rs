@@ -11,7 +11,9 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("ReduceSumSquare", sum_square),
     ("ReduceL1", l1),
     ("ReduceL2", l2),
+    ("ReduceLogSum", log_sum),
     ("ReduceLogSumExp", log_sum_exp),
+    ("ReduceProd", product),
     ("ReduceMax", extreme),
     ("ReduceMin", extreme),
 ];
@@ -41,22 +43,23 @@ fn sum(at: &Site) -> Result<()> {
 /// y = Σ x / n:  x̄ = ȳ / n everywhere
 fn mean(at: &Site) -> Result<()> {
     let axes = axes(at)?;
+    let count = count(at, &axes)?;
+    at.give(0, || (kept(at, at.dy(), &axes) / count()).expand(&at.shape(0)));
+    Ok(())
+}
+
+/// How many numbers the axes of input 0 hold.
+pub(super) fn count<'s>(at: &'s Site, axes: &[i64]) -> Result<impl Fn() -> Expr + use<'s>> {
     let sizes = at.sizes(0)?;
     let fixed: Option<usize> = axes.iter().map(|&axis| sizes[axis as usize].fixed()).product();
-    at.give(0, || {
-        let dy = kept(at, at.dy(), &axes);
-        let share = match fixed {
-            Some(count) => dy / count as f64,
-            None => {
-                let picked = at.shape(0).op("Gather", &[&at.graph().ints(&axes)]);
-                let count = picked.op_with("ReduceProd", &[], |node| node.with("keepdims", 0));
-                let data_type = dy.data_type;
-                dy / count.cast(data_type)
-            }
-        };
-        share.expand(&at.shape(0))
-    });
-    Ok(())
+    let axes = axes.to_vec();
+    Ok(move || match fixed {
+        Some(count) => at.x(0).number(count as f64),
+        None => {
+            let picked = at.shape(0).op("Gather", &[&at.graph().ints(&axes)]);
+            picked.op_with("ReduceProd", &[], |node| node.with("keepdims", 0)).cast(at.x(0).data_type)
+        }
+    })
 }
 
 /// y = Σ x²:  x̄ = 2 x ȳ
@@ -84,6 +87,20 @@ fn l2(at: &Site) -> Result<()> {
     Ok(())
 }
 
+/// y = ln Σ x:  x̄ = ȳ e⁻ʸ everywhere
+fn log_sum(at: &Site) -> Result<()> {
+    let axes = axes(at)?;
+    at.give(0, || kept(at, at.dy() * (-at.y(0)).exp(), &axes).expand(&at.shape(0)));
+    Ok(())
+}
+
+/// y = Π x:  x̄ = ȳ y / x, which is no number where x = 0
+fn product(at: &Site) -> Result<()> {
+    let axes = axes(at)?;
+    at.give(0, || kept(at, at.dy() * at.y(0), &axes) / at.x(0));
+    Ok(())
+}
+
 /// y = ln Σ eˣ:  x̄ = ȳ e^(x - y)
 fn log_sum_exp(at: &Site) -> Result<()> {
     let axes = axes(at)?;
@@ -94,11 +111,13 @@ fn log_sum_exp(at: &Site) -> Result<()> {
 /// y = max x or min x:  x̄ = ȳ where x = y, shared by those that are equal
 fn extreme(at: &Site) -> Result<()> {
     let axes = axes(at)?;
-    at.give(0, || {
-        let x = at.x(0);
-        let is = x.equals(&kept(at, at.y(0), &axes)).choose(&x.number(1.0), &x.number(0.0));
-        let share = kept(at, at.dy(), &axes) / is.sum(&axes, true);
-        is * share
-    });
+    at.give(0, || shared(&at.x(0), &kept(at, at.y(0), &axes), kept(at, at.dy(), &axes), &axes));
     Ok(())
+}
+
+/// `cotangent` where `x` equals `y` along the axes, which both have with size 1: shared by those that are equal.
+pub(super) fn shared(x: &Expr, y: &Expr, cotangent: Expr, axes: &[i64]) -> Expr {
+    let is = x.equals(y).choose(&x.number(1.0), &x.number(0.0));
+    let share = cotangent / is.sum(axes, true);
+    is * share
 }
