@@ -4,22 +4,26 @@ mod support;
 mod unets;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
 use macula::diffusion::unet::Conditioning;
 use macula::discovery::search::{Bound, Found, Method, search};
 use macula::discovery::{Batch, GradientOptions, KeyValueGradient};
 use macula::progress::CancelToken;
 use macula::runtime::{Runtime, RuntimeOptions};
+use sha2::{Digest, Sha256};
 use unets::Stored;
 
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/emoji/onnx/unet/model.onnx");
 const SHAPE: [usize; 3] = [3, 32, 32];
 
 struct Reference(BTreeMap<String, Stored>);
 
 impl Reference {
     fn of(scope: &str) -> Self {
-        Self(unets::tensors(&support::fixture("discovery.py", &[scope]).join("batches.safetensors")))
+        // Named by the model, too, so that another one is asked anew.
+        let model = std::fs::read(MODEL).unwrap();
+        let version: String = Sha256::digest(model).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        Self(unets::tensors(&support::fixture("discovery.py", &[scope, &version]).join("batches.safetensors")))
     }
 
     fn f32s(&self, name: &str) -> Vec<f32> {
@@ -63,8 +67,7 @@ fn open(batch: &Batch, lot: usize) -> KeyValueGradient {
     let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
     let mut options = GradientOptions { lot, ..GradientOptions::default() };
     options.session.intra_threads = 1;
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji/onnx/unet/model.onnx");
-    KeyValueGradient::open(&runtime, model, batch, SHAPE, &options, &CancelToken::new()).unwrap()
+    KeyValueGradient::open(&runtime, MODEL, batch, SHAPE, &options, &CancelToken::new()).unwrap()
 }
 
 /// The largest difference over the largest entry.

@@ -1,6 +1,6 @@
 """Batches of a search on the shipped UNet, with what the PyTorch reference says of them, for `tests/discovery.rs`.
 
-usage: discovery.py SCOPE FOLDER     SCOPE: local or global
+usage: discovery.py SCOPE VERSION FOLDER     SCOPE: local or global; VERSION: of the model, not used
 
 FOLDER/batches.safetensors: for each batch b `b.state`, `b.timestep`, `b.v`, `b.text`, `b.labels`, `b.weight` and
 `b.rows` (the entries of [B, L] on which a set acts, flat), and the results: `slope` at scales of one and `mixed` at the
@@ -25,9 +25,9 @@ BATCHES, BATCH, SIDE = 12, 4, 32
 
 
 def main():
-    scope_name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    scope_name, folder = sys.argv[1], pathlib.Path(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     model = load()
     weights = KeyValueWeights(model.unet)
     learn, _, noun = subject("octopus", "<s2>", model)
