@@ -213,6 +213,8 @@ impl Pipeline {
         let scheduler = scheduler_folder.read("scheduler_config.json", MAX_SCHEDULER_BYTES)?.ok_or_else(|| {
             Error::not_found(format!("{} is missing", scheduler_folder.name("scheduler_config.json")))
         })?;
+        // What it says is read by each draw, which may ask for another sampler.
+        scheduler_folder.object("scheduler_config.json", &scheduler)?;
         let encoders = open_encoders(runtime, &folder, options)?;
         let vae = |name: &str| {
             folder
