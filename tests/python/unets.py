@@ -5,8 +5,8 @@ usage: unets.py KIND FOLDER     KIND: text, half, bfloat16, static or unconditio
 FOLDER/model/model.onnx is the export. FOLDER/cases.json and FOLDER/values.f32 hold: `predictions` (inputs and outputs), one of them
 with the K and V weights of `sets` (per module path: out, in and flat indices) set to zero in the PyTorch model, and for `text`
 25-step `walks` with every one of the six samplers, with the noise that each step adds given. For `bfloat16` the export holds its
-weights, keys, values, text and states in that type and computes in single precision; FOLDER/native also computes in it, for
-which ONNX Runtime has no kernels on the CPU.
+weights, keys, values, text and states in that type and computes in single precision; FOLDER/native also computes in it, which
+the operators of its opset do not allow.
 """
 
 import importlib
