@@ -265,6 +265,13 @@ fn a_runtime_that_is_not_there_is_a_status() {
     bench.run(&bench.compile("no_runtime"), &[bench.folder()]);
 }
 
+#[test]
+fn a_host_may_bring_its_own_onnx_runtime() {
+    let bench = Bench::new();
+    let library = std::fs::canonicalize(support::onnxruntime()).unwrap();
+    bench.run(&bench.compile("host_runtime"), &[&library, &model()]);
+}
+
 /// The C tests without a model under Valgrind: every read and write of the boundary, and no block lost.
 #[test]
 fn valgrind_finds_no_fault_at_the_boundary() {

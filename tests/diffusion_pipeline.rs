@@ -5,7 +5,7 @@ mod support;
 use std::ops::ControlFlow;
 
 use macula::diffusion::guidance::{Guidance, StepReport};
-use macula::diffusion::pipeline::{DrawOptions, Pipeline};
+use macula::diffusion::pipeline::{DrawOptions, Images, Pipeline, Start};
 use macula::diffusion::schedule::Sampler;
 use macula::diffusion::unet::UnetOptions;
 use macula::progress::Job;
@@ -67,6 +67,20 @@ fn agrees_with_diffusers(kind: &str) {
         draw.original_size = pair(&given["original_size"]);
         draw.target_size = pair(&given["target_size"]);
         draw.crop = pair(&given["crops_coords_top_left"]).unwrap_or((0, 0));
+        let latents = case.get("latents").map(|place| part(place).0);
+        let step = case["first_step"].as_u64().unwrap_or(0) as usize;
+        let picture = case.get("picture").map(|place| {
+            let (pixels, shape) = part(place);
+            Images {
+                count: shape[0],
+                height: shape[1],
+                width: shape[2],
+                rgb: pixels.iter().map(|p| *p as u8).collect(),
+            }
+        });
+        if let Some(images) = &picture {
+            draw.start = Start::Images { images, step };
+        }
         let mut worst = 0.0_f64;
         let mut reports = 0;
         let mut on_step = |report: &StepReport<'_>| {
@@ -88,6 +102,12 @@ fn agrees_with_diffusers(kind: &str) {
             .fold(0.0, f64::max);
         assert!(far < 0.75, "{kind} draw {number}: a pixel is {far} of 255 away from an unrounded one");
         println!("{kind} draw {number}: worst state {worst:.1e}, worst pixel {far:.3} of 255 (0.5 is rounding)");
+        if let Some(values) = &latents {
+            draw.start = Start::Latents { values, step };
+            let (ours, _) = pipeline.draw_latents(&draw, None, &mut Job::default()).unwrap();
+            let error = support::relative_error(&ours, &states[states.len() - noise.len()..]);
+            assert!(error < 1e-4, "{kind} draw {number}: from torch's encoding of the picture: {error:e}");
+        }
     }
 }
 
@@ -104,6 +124,11 @@ fn stable_diffusion_2_agrees_with_diffusers() {
 #[test]
 fn stable_diffusion_xl_agrees_with_diffusers() {
     agrees_with_diffusers("sdxl");
+}
+
+#[test]
+fn a_unet_that_embeds_its_guidance_agrees_with_diffusers() {
+    agrees_with_diffusers("lcm");
 }
 
 #[test]

@@ -101,6 +101,7 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
         assert!(gone, "{at}: the weight of {} is still there", projection.path);
     }
     let reference = unets::tensors(&folder.join("reference.safetensors"));
+    assert!(reference.contains_key("0.out_sample"), "{at}: there is nothing to compare with");
     for case in (0..).take_while(|case| reference.contains_key(&format!("{case}.out_sample"))) {
         let stored = |name: &str| &reference[&format!("{case}.{name}")];
         let given = model.graph().input.iter();
@@ -198,6 +199,18 @@ fn stable_diffusion_xl_from_every_exporter() {
     // Two blocks of two and three layers at depths 1 and 2, and the middle: 2 + 3 and (2 + 3 + 1) * 2.
     every_exporter("sdxl-shallow", 17);
     agrees_with_torch(&unets::folders(&["sdxl-torchscript17"])[0], 70);
+}
+
+/// Stable Diffusion 1.5 at its full size, with random weights.
+#[test]
+fn a_full_size_model_draws_the_same_with_keys_and_values_as_inputs() {
+    if !std::env::var_os("MACULA_FULL_TESTS").is_some_and(|value| value == "1") {
+        return;
+    }
+    let folder = &unets::folders(&["sd15-torchscript17"])[0];
+    let found = agrees_with_torch(folder, 16);
+    assert_eq!(found.iter().map(|p| p.out_features * p.in_features).sum::<usize>(), 19_169_280);
+    draws_the_same_with_keys_and_values_as_inputs(&runtime(), folder);
 }
 
 #[test]

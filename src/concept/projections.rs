@@ -48,14 +48,17 @@ impl Weights {
     }
 
     /// The weights of a range as f32, in `scratch` where they are stored otherwise.
-    fn widen<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        scratch.resize(range.len(), 0.0);
+    fn widen<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<f32>) -> Result<&'a [f32]> {
+        if !matches!(self, Self::F32(_)) {
+            scratch.try_reserve_exact(range.len().saturating_sub(scratch.len()))?;
+            scratch.resize(range.len(), 0.0);
+        }
         match self {
-            Self::F32(weights) => return &weights[range],
+            Self::F32(weights) => return Ok(&weights[range]),
             Self::F16(weights) => weights[range].convert_to_f32_slice(scratch),
             Self::Bf16(weights) => weights[range].convert_to_f32_slice(scratch),
         }
-        scratch
+        Ok(scratch)
     }
 
     /// Fills `to` with the weights from an index on, rounded to float16.
@@ -239,7 +242,7 @@ impl Projections {
         pool.install(|| {
             tasks.into_par_iter().try_for_each_init(Vec::new, |scratch, (projection, first, mut output)| {
                 let range = first * self.in_features..(first + output.ncols()) * self.in_features;
-                let weights = projection.weights.widen(range, scratch);
+                let weights = projection.weights.widen(range, scratch)?;
                 let weights = ArrayView2::from_shape((output.ncols(), self.in_features), weights).map_err(shape)?;
                 general_mat_mul(1.0, &inputs, &weights.t(), 0.0, &mut output);
                 if let Some(bias) = &projection.bias {

@@ -25,10 +25,20 @@ impl Folder {
         }
     }
 
-    /// The folder inside this one, if it is there.
+    /// The folder inside this one; `None` if nothing is there by that name. A link that leads nowhere is an error: the
+    /// part was meant to be there.
     pub(super) fn inner(&self, name: &str) -> Result<Option<Self>> {
         let path = self.path.join(name);
-        if path.is_dir() { Ok(Some(Self { path })) } else { Ok(None) }
+        match std::fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io(path.display(), e)),
+            Ok(_) => {}
+        }
+        let metadata = std::fs::metadata(&path).map_err(|e| Error::io(path.display(), e))?;
+        if !metadata.is_dir() {
+            return Err(Error::invalid_file(format!("{} is not a folder", path.display())));
+        }
+        Ok(Some(Self { path }))
     }
 
     /// The path of a file in here, there or not.
@@ -64,11 +74,17 @@ impl Folder {
         Ok(Some(bytes))
     }
 
-    /// A JSON file; `None` if it does not exist.
+    /// The object in a JSON file; `None` if the file does not exist.
     pub(super) fn json(&self, file: &str) -> Result<Option<Value>> {
-        let Some(bytes) = self.read(file, MAX_JSON_BYTES)? else { return Ok(None) };
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::invalid_file(format!("{} is not JSON: {e}", self.name(file))).caused_by(e))
+        self.read(file, MAX_JSON_BYTES)?.map(|bytes| self.object(file, &bytes)).transpose()
+    }
+
+    /// The object that these bytes of a JSON file hold.
+    pub(super) fn object(&self, file: &str, bytes: &[u8]) -> Result<Value> {
+        match serde_json::from_slice(bytes) {
+            Ok(object @ Value::Object(_)) => Ok(object),
+            Ok(_) => Err(Error::invalid_file(format!("{} is not a JSON object", self.name(file)))),
+            Err(e) => Err(Error::invalid_file(format!("{} is not JSON: {e}", self.name(file))).caused_by(e)),
+        }
     }
 }

@@ -5,6 +5,7 @@
 use std::ops::ControlFlow;
 
 use super::noise::standard_normal;
+use super::precision;
 use super::schedule::{Plan, Trajectory};
 use super::unet::{Conditioning, Unet};
 use crate::error::{Error, Result, Status};
@@ -44,12 +45,12 @@ impl Guidance {
     }
 
     /// The guided prediction of a batch of `batch` states, from predictions of as many values each.
-    pub fn combine(&self, unconditional: &[f32], conditional: &[f32], batch: usize) -> Vec<f32> {
-        let mut guided: Vec<f32> = unconditional
-            .iter()
-            .zip(conditional)
-            .map(|(u, c)| (f64::from(*u) + self.scale * (f64::from(*c) - f64::from(*u))) as f32)
-            .collect();
+    ///
+    /// # Errors
+    /// [`Status::OutOfMemory`].
+    pub fn combine(&self, unconditional: &[f32], conditional: &[f32], batch: usize) -> Result<Vec<f32>> {
+        let guide = |(u, c): (&f32, &f32)| (f64::from(*u) + self.scale * (f64::from(*c) - f64::from(*u))) as f32;
+        let mut guided = precision::collect(unconditional.len(), unconditional.iter().zip(conditional).map(guide))?;
         let state = guided.len() / batch.max(1);
         if self.rescale > 0.0 && state > 0 {
             for (guided, conditional) in guided.chunks_exact_mut(state).zip(conditional.chunks_exact(state)) {
@@ -60,7 +61,7 @@ impl Guidance {
                 }
             }
         }
-        guided
+        Ok(guided)
     }
 }
 
@@ -182,8 +183,9 @@ impl Walk<'_, '_> {
         while let Some((index, step)) = trajectory.current() {
             let (timestep, needs_noise) = (step.timestep, step.needs_noise());
             job.step("denoise", (index - first) as u64, total)?;
-            let mut input = trajectory.model_input(&state);
+            let mut input = trajectory.model_input(&state)?;
             if passes == 2 {
+                input.try_reserve_exact(len)?;
                 input.extend_from_within(..);
             }
             let model_shape = [batch * passes, shape[1], shape[2], shape[3]];
@@ -201,7 +203,7 @@ impl Walk<'_, '_> {
             };
             finite(&prediction, "the prediction")?;
             let prediction = match passes {
-                2 => guidance.combine(&prediction[..len], &prediction[len..], batch),
+                2 => guidance.combine(&prediction[..len], &prediction[len..], batch)?,
                 _ => prediction,
             };
             let added = if needs_noise {
@@ -237,19 +239,19 @@ mod tests {
     #[test]
     fn guidance_is_the_linear_extrapolation() {
         let guidance = Guidance { scale: 3.0, rescale: 0.0 };
-        assert_eq!(guidance.combine(&[1.0, -1.0], &[2.0, 0.5], 1), [4.0, 3.5]);
+        assert_eq!(guidance.combine(&[1.0, -1.0], &[2.0, 0.5], 1).unwrap(), [4.0, 3.5]);
     }
 
     #[test]
     fn a_full_rescale_keeps_the_deviation_of_the_conditional_prediction() {
         let unconditional = [0.3, -0.2, 0.9, 0.1, 5.0, 1.0, -3.0, 2.0];
         let conditional = [0.5, -0.7, 1.1, 0.0, 4.0, 3.0, -2.0, 7.0];
-        let full = Guidance { scale: 7.5, rescale: 1.0 }.combine(&unconditional, &conditional, 2);
+        let full = Guidance { scale: 7.5, rescale: 1.0 }.combine(&unconditional, &conditional, 2).unwrap();
         for (guided, conditional) in full.chunks(4).zip(conditional.chunks(4)) {
             assert!((deviation(guided) - deviation(conditional)).abs() < 1e-6);
         }
-        let plain = Guidance { scale: 7.5, rescale: 0.0 }.combine(&unconditional, &conditional, 2);
-        let half = Guidance { scale: 7.5, rescale: 0.5 }.combine(&unconditional, &conditional, 2);
+        let plain = Guidance { scale: 7.5, rescale: 0.0 }.combine(&unconditional, &conditional, 2).unwrap();
+        let half = Guidance { scale: 7.5, rescale: 0.5 }.combine(&unconditional, &conditional, 2).unwrap();
         for ((plain, full), half) in plain.iter().zip(&full).zip(&half) {
             assert!((0.5 * (plain + full) - half).abs() < 1e-5);
         }

@@ -7,6 +7,14 @@ use half::{bf16, f16};
 use crate::error::{Error, Result};
 use crate::runtime::{ElementType, Tensor};
 
+/// These `length` values; `OutOfMemory` where collecting them would end the process.
+pub(super) fn collect(length: usize, values: impl Iterator<Item = f32>) -> Result<Vec<f32>> {
+    let mut collected = Vec::new();
+    collected.try_reserve_exact(length)?;
+    collected.extend(values.take(length));
+    Ok(collected)
+}
+
 /// A copy of the values, widened exactly.
 pub(crate) fn to_f32(tensor: &Tensor) -> Result<Vec<f32>> {
     let mut values = Vec::new();

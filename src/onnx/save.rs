@@ -306,7 +306,7 @@ impl Unfinished {
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => {
                     let temporary = Temporary { path, target: target.to_owned(), renamed: false };
-                    return Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), temporary });
+                    return Ok(Self { writer: BufWriter::with_capacity(1 << 16, file), temporary });
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(Error::io(format_args!("writing {}", path.display()), error)),

@@ -10,6 +10,7 @@ weights from a seed and, except for the full-size one, small widths. A fixture i
                                   `loss` and the gradient with respect to each attention projection, `<module path>.weight`
 
     python export_unets.py --out FOLDER KEY...             make fixtures that are not there yet; `all` is the matrix
+                                                           without the full-size one
     python export_unets.py sd15 --exporter torchscript17 --out FOLDER      make the full-size Stable Diffusion 1.5
 """
 
@@ -314,6 +315,11 @@ class Fixture:
         """What is the same for fixtures of the same UNet."""
         return (self.family, self.dtype, self.to_kv, *sorted(self.options))
 
+    @property
+    def task(self):
+        """What is the same for fixtures that one process makes: dynamo's share what torch.export made."""
+        return (self.source, self.exporter.startswith("dynamo"))
+
     def unet(self):
         """The UNet, before projections are packed."""
         return build(self.family, **self.options).to(self.dtype)
@@ -333,14 +339,14 @@ class Fixture:
             if name.rsplit(".", 1)[0].endswith((".to_k", ".to_v"))
         }
         save_file(weights, folder / "weights.safetensors")
+        reference = {}
+        for index, inputs in enumerate(self.cases(unet)):
+            with torch.no_grad():
+                output = Call(unet)(**inputs)
+            tensors = {**inputs, OUTPUT: output}
+            reference.update({f"{index}.{name}": value.contiguous() for name, value in tensors.items()})
+        save_file(reference, folder / "reference.safetensors")
         if self.family != "sd15":
-            reference = {}
-            for index, inputs in enumerate(self.cases(unet)):
-                with torch.no_grad():
-                    output = Call(unet)(**inputs)
-                tensors = {**inputs, OUTPUT: output}
-                reference.update({f"{index}.{name}": value.contiguous() for name, value in tensors.items()})
-            save_file(reference, folder / "reference.safetensors")
             save_file(gradients(unet, next(self.cases(unet))), folder / "gradients.safetensors")
         processor = AttnProcessor() if self.exporter.startswith("fused") else AttnProcessor2_0()
         processors = dict.fromkeys(unet.attn_processors, processor)
@@ -400,6 +406,7 @@ def matrix():
     ]
     fixtures += [
         Fixture("sdxl-torchscript17", "sdxl", "torchscript17"),
+        Fixture("sd15-torchscript17", "sd15", "torchscript17"),
         Fixture("biased-torchscript17", "sd1", "torchscript17", options=dict(biased=True)),
         Fixture("biased-dynamo18", "sd1", "dynamo18-raw", options=dict(biased=True)),
         Fixture("float16-torchscript17", "sd1", "torchscript17", dtype=torch.float16),
@@ -437,7 +444,7 @@ def make(fixture, unet, folder):
 
 
 def make_all(jobs):
-    """Makes the fixtures of one UNet, given with their folders, where these are not there yet."""
+    """Makes fixtures of one UNet, given with their folders, where these are not there yet."""
     jobs = [(fixture, folder) for fixture, folder in jobs if not (folder / "model.onnx").exists()]
     unet = jobs[0][0].unet() if jobs else None
     for fixture, folder in jobs:
@@ -461,12 +468,12 @@ def main():
     for key in arguments.keys:
         if key in FAMILIES:
             fixture = Fixture(key, key, arguments.exporter)
-            wanted.setdefault(fixture.source, {})[key] = (fixture, arguments.out)
+            wanted.setdefault(fixture.task, {})[key] = (fixture, arguments.out)
             continue
-        for each in known if key == "all" else [key]:
+        for each in [name for name in known if known[name].family != "sd15"] if key == "all" else [key]:
             if each not in known:
                 parser.error(f"no fixture {each!r}; there are {', '.join(known)}")
-            wanted.setdefault(known[each].source, {})[each] = (known[each], arguments.out / each)
+            wanted.setdefault(known[each].task, {})[each] = (known[each], arguments.out / each)
     wanted = [list(jobs.values()) for jobs in wanted.values()]
     for jobs in wanted:
         for _, folder in jobs:

@@ -1,10 +1,11 @@
 """Builds small random-weight pipelines in the diffusers layout, exports each part to ONNX, and draws with PyTorch.
 
-usage: pipelines.py KIND FOLDER     KIND: sd1, sd2, sdxl or pixel
+usage: pipelines.py KIND FOLDER     KIND: sd1, sd2, sdxl, lcm or pixel
 
 FOLDER/model is what Macula opens. FOLDER/draws.json lists draws: options, and the offsets in FOLDER/values.f32 of the start
 noise, the latents after every step, and the planes of the final images, all made by diffusers' own pipeline classes (the pixel
-model by a loop over its scheduler). Vocabularies are made here: CLIP's byte alphabet and a few hundred merges.
+model by a loop over its scheduler). Draws from a picture also have the picture, its encoding and the first step that is run.
+Vocabularies are made here: CLIP's byte alphabet and a few hundred merges.
 """
 
 import json
@@ -18,15 +19,25 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img
+from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 OPSET = 17
 PROMPTS = ["a photo of a red cat, sitting", "The <b>Quick</b> brown fox's 42 jumps"]
 NEGATIVE = "blurry"
+WORDS = "the quick brown fox jumps on a red cat and blue dog with picture of sitting photo".split()
+# Longer than two chunks; words of several tokens meet both boundaries.
+LONG = " ".join(WORDS[(5 * i) % 17] if i % 4 else "unseen" for i in range(70))
 
 
 def vocabulary(folder, pad):
@@ -109,6 +120,13 @@ class Plain(torch.nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
 
+class Distilled(Plain):
+    """A UNet that takes its guidance scale as an embedding."""
+
+    def forward(self, sample, timestep, encoder_hidden_states, timestep_cond):
+        return self.unet(sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False)[0]
+
+
 def export_unet(unet, folder, sdxl):
     config = unet.config
     size = config.sample_size
@@ -122,7 +140,12 @@ def export_unet(unet, folder, sdxl):
         inputs += [torch.randn(2, 48), torch.randn(2, 6)]
         names += ["text_embeds", "time_ids"]
         dynamic |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}
-    export(Plain(unet).eval(), tuple(inputs), folder / "model.onnx", names, ["out_sample"], dynamic)
+    if config.time_cond_proj_dim:
+        inputs.append(torch.randn(2, config.time_cond_proj_dim))
+        names.append("timestep_cond")
+        dynamic |= {"timestep_cond": {0: "batch"}}
+    module = Distilled if config.time_cond_proj_dim else Plain
+    export(module(unet).eval(), tuple(inputs), folder / "model.onnx", names, ["out_sample"], dynamic)
     (folder / "config.json").write_text(json.dumps(dict(config), default=str))
 
 
@@ -150,8 +173,7 @@ def export_vae(vae, folder):
         (folder / part / "config.json").write_text(json.dumps(dict(vae.config), default=str))
 
 
-def small_unet(context, channels, sdxl=False, prediction="epsilon"):
-    extra = {}
+def small_unet(context, channels, sdxl=False, guidance_features=None):
     if sdxl:
         extra = dict(
             addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + 6 * 8,
@@ -164,7 +186,8 @@ def small_unet(context, channels, sdxl=False, prediction="epsilon"):
         )
     return UNet2DConditionModel(
         sample_size=8 if channels == 4 else 16, in_channels=channels, out_channels=channels, block_out_channels=(32, 64),
-        layers_per_block=1, cross_attention_dim=context, attention_head_dim=4, norm_num_groups=16, **extra,
+        layers_per_block=1, cross_attention_dim=context, attention_head_dim=4, norm_num_groups=16,
+        time_cond_proj_dim=guidance_features, **extra,
     ).eval()
 
 
@@ -188,7 +211,71 @@ SCHEDULERS = {
     "DDIMScheduler": DDIMScheduler,
     "EulerDiscreteScheduler": EulerDiscreteScheduler,
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    "LCMScheduler": LCMScheduler,
 }
+
+# Pipelines draw the posterior of a picture; Macula takes its mean, which needs no noise.
+DiagonalGaussianDistribution.sample = lambda posterior, generator=None: posterior.mode()
+
+
+def chunks(tokenizer, prompt):
+    """Token numbers of a prompt in chunks of 77, with no word in two of them."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    contents = [[]]
+    for word in prompt.split():
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if len(contents[-1]) + len(ids) > 75:
+            contents.append([])
+        contents[-1] += ids
+    framed = [[begin, *content, end] for content in contents]
+    return [chunk + [tokenizer.pad_token_id] * (77 - len(chunk)) for chunk in framed]
+
+
+def embed(pipe, prompt, least):
+    """The encoding of a prompt, chunk after chunk, and SDXL's pooled one of the first chunk."""
+    parts, pooled = [], None
+    encoders = [(pipe.tokenizer, pipe.text_encoder)]
+    if hasattr(pipe, "text_encoder_2"):
+        encoders.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    for tokenizer, encoder in encoders:
+        ids = chunks(tokenizer, prompt)
+        ids += chunks(tokenizer, "") * (least - len(ids))
+        with torch.no_grad():
+            outputs = [encoder(torch.tensor([chunk]), output_hidden_states=True) for chunk in ids]
+        if len(encoders) == 2:
+            parts.append(torch.cat([out.hidden_states[-2] for out in outputs], dim=1))
+            pooled = getattr(outputs[0], "text_embeds", None)
+        else:
+            parts.append(torch.cat([out.last_hidden_state for out in outputs], dim=1))
+    return torch.cat(parts, dim=2), pooled
+
+
+def encoded(pipe, prompt, negative_prompt):
+    """Options of a pipeline with a long prompt, which it would cut by itself."""
+    long = len(chunks(pipe.tokenizer, prompt))
+    assert long > 2
+    result = {}
+    for name, text in ("", prompt), ("negative_", negative_prompt):
+        context, pooled = embed(pipe, text, long)
+        result[f"{name}prompt_embeds"] = context
+        if pooled is not None:
+            result[f"{name}pooled_prompt_embeds"] = pooled
+    return result
+
+
+def picture(pipe, draws, shape, options):
+    """Options of an image-to-image pipeline, and what the test needs: the last `count` of its noisy steps are run."""
+    count = options.pop("from_pictures")
+    random = np.random.default_rng(len(draws.draws))
+    pixels = random.integers(0, 256, (count, *(pipe.vae_scale_factor * side for side in shape[2:]), 3), dtype=np.uint8)
+    images = [Image.fromarray(image) for image in pixels] * (shape[0] // count)
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(planes).latent_dist.mode() * pipe.vae.config.scaling_factor
+    steps = options["num_inference_steps"]
+    first = steps - min(int(steps * options["strength"]), steps)
+    entry = {"picture": draws.put(pixels), "latents": draws.put(latents), "first_step": first}
+    return {"image": images}, entry
 
 
 def draw(draws, pipe, shape, **options):
@@ -202,17 +289,23 @@ def draw(draws, pipe, shape, **options):
         states.append(tensors["latents"].numpy().copy())
         return {}
 
-    height, width = shape[2] * pipe.vae_scale_factor, shape[3] * pipe.vae_scale_factor
-    common = dict(height=height, width=width, latents=noise.clone(), callback_on_step_end=keep, output_type="np", **options)
+    entry = {"options": dict(options), "sampler": type(pipe.scheduler).__name__, "noise": draws.put(noise)}
+    common = dict(callback_on_step_end=keep, output_type="np")
+    if "from_pictures" in options:
+        given, more = picture(pipe, draws, shape, options)
+        entry |= more
+        common |= given
+    else:
+        common |= dict(
+            height=shape[2] * pipe.vae_scale_factor, width=shape[3] * pipe.vae_scale_factor, latents=noise.clone()
+        )
+    if options.get("prompt") == LONG:
+        common |= encoded(pipe, options.pop("prompt"), options.pop("negative_prompt"))
+    for module in (pipeline_stable_diffusion_img2img, pipeline_stable_diffusion_xl_img2img):
+        module.randn_tensor = lambda shape, **_: noise.clone()
     with torch.no_grad():
-        images = pipe(**common).images
-    entry = {
-        "options": {k: v for k, v in options.items()},
-        "sampler": type(pipe.scheduler).__name__,
-        "noise": draws.put(noise),
-        "states": draws.put(np.stack(states)),
-        "images": draws.put(images),
-    }
+        images = pipe(**common, **options).images
+    entry |= {"states": draws.put(np.stack(states)), "images": draws.put(images)}
     draws.draws.append(entry)
 
 
@@ -243,6 +336,40 @@ def stable_diffusion(folder, second):
     draw(draws, pipe, (2, 4, 8, 8), sampler="DPMSolverMultistepScheduler", **base)
     draw(draws, pipe, (2, 4, 8, 8), sampler="DDIMScheduler", guidance_rescale=0.7, **base)
     draw(draws, pipe, (1, 4, 12, 4), sampler="DDIMScheduler", prompt=PROMPTS[0], num_inference_steps=7, guidance_scale=1.0)
+    draw(draws, pipe, (1, 4, 8, 8), sampler="DDIMScheduler",
+         prompt=LONG, negative_prompt=NEGATIVE, num_inference_steps=10, guidance_scale=7.5)
+    from_picture = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    from_picture.set_progress_bar_config(disable=True)
+    for sampler, strength, count in [("DDIMScheduler", 0.6, 2), ("EulerDiscreteScheduler", 0.35, 1),
+                                     ("DPMSolverMultistepScheduler", 1.0, 2)]:
+        draw(draws, from_picture, (2, 4, 8, 8), sampler=sampler, strength=strength, from_pictures=count, **base)
+    draws.save()
+
+
+def distilled(folder):
+    """A UNet that embeds its guidance scale, as latent consistency models do."""
+    torch.manual_seed(21)
+    model = folder / "model"
+    tokenizer = vocabulary(model / "tokenizer", "<|endoftext|>")
+    encoder = text_encoder(len(tokenizer), 64, False)
+    unet = small_unet(64, 4, guidance_features=32)
+    # Zero at first, for a UNet that learns it; here it must be seen.
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight)
+    vae = AutoencoderKL(block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=16).eval()
+    scheduler = LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+                             set_alpha_to_one=True)
+    pipe = StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    scheduler.save_pretrained(model / "scheduler")
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "LatentConsistencyModelPipeline"}))
+    export_text_encoder(encoder, model / "text_encoder", False, False, torch.int32)
+    export_unet(unet, model / "unet", False)
+    export_vae(vae, model)
+    draws = Draws(folder)
+    # The noise between steps of LCM can't be given to a draw: one step has none, DDIM needs none.
+    for sampler, steps, scale in [("LCMScheduler", 1, 8.5), ("DDIMScheduler", 10, 8.5), ("DDIMScheduler", 10, 2.0)]:
+        draw(draws, pipe, (2, 4, 8, 8), sampler=sampler, prompt=PROMPTS, num_inference_steps=steps, guidance_scale=scale)
     draws.save()
 
 
@@ -273,6 +400,12 @@ def sdxl(folder):
     draw(draws, pipe, (2, 4, 8, 8), sampler="EulerDiscreteScheduler", **base)
     draw(draws, pipe, (2, 4, 8, 8), sampler="DPMSolverMultistepScheduler", negative_prompt=[NEGATIVE] * 2,
          original_size=(40, 48), crops_coords_top_left=(4, 2), target_size=(20, 24), **base)
+    draw(draws, pipe, (1, 4, 8, 8), sampler="EulerDiscreteScheduler",
+         prompt=LONG, negative_prompt=NEGATIVE, num_inference_steps=10, guidance_scale=5.0)
+    from_picture = StableDiffusionXLImg2ImgPipeline(**pipe.components, force_zeros_for_empty_prompt=True,
+                                                    add_watermarker=False)
+    from_picture.set_progress_bar_config(disable=True)
+    draw(draws, from_picture, (2, 4, 8, 8), sampler="EulerDiscreteScheduler", strength=0.5, from_pictures=2, **base)
     draws.save()
 
 
@@ -316,7 +449,7 @@ def main(kind, folder):
     folder = pathlib.Path(folder)
     torch.set_num_threads(2)
     {"sd1": lambda: stable_diffusion(folder, False), "sd2": lambda: stable_diffusion(folder, True),
-     "sdxl": lambda: sdxl(folder), "pixel": lambda: pixel(folder)}[kind]()
+     "sdxl": lambda: sdxl(folder), "lcm": lambda: distilled(folder), "pixel": lambda: pixel(folder)}[kind]()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Small random-weight UNets, exported to ONNX, with predictions and walks made by PyTorch, for `tests/diffusion_unet.rs`.
 
-usage: unets.py KIND FOLDER     KIND: text, half, static or unconditional
+usage: unets.py KIND FOLDER     KIND: text, half, bfloat16, static or unconditional
 
 FOLDER/model/model.onnx is the export. FOLDER/cases.json and FOLDER/values.f32 hold: `predictions` (inputs and outputs), one of them
 with the K and V weights of `sets` (per module path: out, in and flat indices) set to zero in the PyTorch model, and for `text`
-25-step `walks` with every one of the six samplers, with the noise that each step adds given.
+25-step `walks` with every one of the six samplers, with the noise that each step adds given. For `bfloat16` the export holds its
+weights, keys, values, text and states in that type and computes in single precision; FOLDER/native also computes in it, which
+the operators of its opset do not allow.
 """
 
 import importlib
@@ -13,6 +15,7 @@ import pathlib
 import sys
 
 import numpy as np
+import onnx
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
@@ -58,6 +61,40 @@ def export(module, inputs, names, dynamic, folder, config):
         opset_version=17, dynamo=False,
     )
     (folder / "config.json").write_text(json.dumps(dict(config), default=str))
+
+
+def store_in_bfloat16(path):
+    """Rewrites a single-precision export: what is stored and what goes in and out is bfloat16, and so are the products of the
+    cross-attention's keys and values; all else is computed as before."""
+    single, brain = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    model = onnx.load(path)
+    graph, before, after = model.graph, [], []
+    names = {value.name for value in [*graph.input, *graph.output]}
+    stored = [tensor.name for tensor in graph.initializer if tensor.data_type == single]
+    for tensor in graph.initializer:
+        if tensor.data_type == single:
+            values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).bfloat16()
+            tensor.data_type, tensor.raw_data = brain, values.view(torch.int16).numpy().tobytes()
+    for value in [*graph.input, *graph.output]:
+        if value.type.tensor_type.elem_type == single:
+            value.type.tensor_type.elem_type = brain
+    taken = stored + [value.name for value in graph.input if value.type.tensor_type.elem_type == brain]
+    for node in graph.node:
+        product = node.op_type == "MatMul" and node.name.endswith(("attn2/to_k/MatMul", "attn2/to_v/MatMul"))
+        if product:
+            after.append((node, node.output[0]))
+            node.output[0] += "_brain"
+        else:
+            node.input[:] = [f"{name}_single" if name in taken else name for name in node.input]
+        node.output[:] = [f"{name}_single" if name in names else name for name in node.output]
+    before = [onnx.helper.make_node("Cast", [name], [f"{name}_single"], to=single) for name in taken]
+    nodes = list(graph.node)
+    for node, name in after:
+        nodes.insert(nodes.index(node) + 1, onnx.helper.make_node("Cast", [node.output[0]], [name], to=single))
+    last = [onnx.helper.make_node("Cast", [f"{v.name}_single"], [v.name], to=brain) for v in graph.output]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend([*before, *nodes, *last])
+    onnx.save(model, path)
 
 
 def random_sets(unet, rng):
@@ -133,6 +170,15 @@ def main(kind, folder):
                 half = Signature(unet.half(), True)
                 export(half, (sample.half(), time, context.half(), labels), names, dynamic, folder / "model", unet.config)
                 unet.float()
+            elif kind == "bfloat16":
+                brain = Signature(unet.bfloat16(), True)
+                sample, context = sample.bfloat16(), context.bfloat16()
+                export(brain, (sample, time, context, labels), names, dynamic, folder / "native", unet.config)
+                # As the export computes: with rounded weights and inputs, in single precision.
+                unet.float()
+                sample, context = sample.float(), context.float()
+                export(module, (sample, time, context, labels), names, dynamic, folder / "model", unet.config)
+                store_in_bfloat16(folder / "model/model.onnx")
             else:
                 export(module, (sample, time, context, labels), names, dynamic, folder / "model", unet.config)
             predict(module, "plain", sample, time, context, labels)

@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use super::folder::Folder;
 use super::guidance::{Guidance, Noise, OnStep, Walk};
+use super::precision;
 use super::schedule::{Plan, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
 use crate::concept::{Composition, GatheredConcept, Rows};
@@ -225,6 +226,8 @@ impl Pipeline {
         let scheduler = scheduler_folder.read("scheduler_config.json", MAX_SCHEDULER_BYTES)?.ok_or_else(|| {
             Error::not_found(format!("{} is missing", scheduler_folder.name("scheduler_config.json")))
         })?;
+        // What it says is read by each draw, which may ask for another sampler.
+        scheduler_folder.object("scheduler_config.json", &scheduler)?;
         let encoders = open_encoders(runtime, &folder, options)?;
         let vae = |name: &str| {
             folder
@@ -531,6 +534,7 @@ impl Pipeline {
             match &mut images {
                 None => images = Some(image),
                 Some(images) => {
+                    images.rgb.try_reserve_exact(image.rgb.len())?;
                     images.count += 1;
                     images.rgb.extend(image.rgb);
                 }
@@ -664,7 +668,10 @@ impl Pipeline {
         let mut conditioning = Conditioning {
             batch,
             tokens: entries.first().map_or(0, |entry| entry.tokens),
-            context: entries.iter().flat_map(|entry| entry.context.iter().copied()).collect(),
+            context: precision::collect(
+                entries.iter().map(|entry| entry.context.len()).sum(),
+                entries.iter().flat_map(|entry| entry.context.iter().copied()),
+            )?,
             ..Conditioning::default()
         };
         if self.unet.takes_sizes() {
@@ -730,7 +737,7 @@ impl Pipeline {
         let [batch, channels, height, width] = shape;
         let values = match options.start {
             Start::Noise => return Ok(None),
-            Start::Latents { values, .. } => values.to_vec(),
+            Start::Latents { values, .. } => precision::collect(values.len(), values.iter().copied())?,
             Start::Images { images, .. } => {
                 let factor = self.info.latent_factor;
                 if (images.height, images.width) != (height * factor, width * factor) {
@@ -753,7 +760,8 @@ impl Pipeline {
         };
         let one = channels * height * width;
         if values.len() == one {
-            Ok(Some(values.repeat(batch)))
+            let all = std::iter::repeat_n(&values, batch).flatten().copied();
+            Ok(Some(precision::collect(values.len().saturating_mul(batch), all)?))
         } else if values.len() == one * batch {
             Ok(Some(values))
         } else {

@@ -138,6 +138,7 @@ impl TextEncoder {
                 return Err(Error::unsupported(format!("the text encoder gives {rows} rows for {length} tokens")));
             }
             encoded.features = features;
+            encoded.hidden.try_reserve(hidden.len())?;
             encoded.hidden.extend(precision::to_f32(hidden)?);
             if encoded.pooled.is_none() {
                 encoded.pooled = pooled.first().map(precision::to_f32).transpose()?;

@@ -236,8 +236,8 @@ impl Vae {
         shape: [usize; 4],
         cancel: &CancelToken,
     ) -> Result<(Vec<f32>, [usize; 4])> {
-        let unscaled: Vec<f32> =
-            latent.iter().map(|value| (f64::from(*value) / self.scaling + self.shift) as f32).collect();
+        let unscale = |value: &f32| (f64::from(*value) / self.scaling + self.shift) as f32;
+        let unscaled = precision::collect(latent.len(), latent.iter().map(unscale))?;
         self.run(&unscaled, shape, cancel).map_err(|e| e.at("VAE decoder"))
     }
 
@@ -260,7 +260,7 @@ impl Vae {
         let scale = |value: &f32| ((f64::from(*value) - self.shift) * self.scaling) as f32;
         let means =
             values.chunks_exact((given[1] * area).max(1)).flat_map(|image| image[..channels * area].iter().map(scale));
-        let means: Vec<f32> = means.collect();
+        let means = precision::collect(values.len() / given[1] * channels, means)?;
         given[1] = channels;
         Ok((means, given))
     }

@@ -29,6 +29,7 @@ mod lcm;
 mod spacing;
 mod training;
 
+use super::precision;
 use crate::error::{Error, Result};
 
 pub use config::{Prediction, Sampler, SchedulerConfig};
@@ -233,15 +234,15 @@ impl Plan {
     /// before the first step: `initial_sigma * noise`, or `signal * clean + sigma * noise`.
     ///
     /// # Errors
-    /// [`crate::Status::InvalidArgument`] if the lengths differ.
+    /// [`crate::Status::InvalidArgument`] if the lengths differ; [`crate::Status::OutOfMemory`].
     pub fn begin(&self, noise: &[f32], clean: Option<&[f32]>) -> Result<Vec<f32>> {
         match clean {
-            None => Ok(noise.iter().map(|z| (self.initial_sigma * f64::from(*z)) as f32).collect()),
+            None => precision::collect(noise.len(), noise.iter().map(|z| (self.initial_sigma * f64::from(*z)) as f32)),
             Some(clean) => {
                 same_length("clean state", clean, noise.len())?;
                 let Step { signal, sigma, .. } = self.steps[self.start];
                 let mix = |(x, z): (&f32, &f32)| (signal * f64::from(*x) + sigma * f64::from(*z)) as f32;
-                Ok(clean.iter().zip(noise).map(mix).collect())
+                precision::collect(noise.len(), clean.iter().zip(noise).map(mix))
             }
         }
     }
@@ -272,9 +273,12 @@ impl Trajectory {
     }
 
     /// The state as the model wants it: `input_scale * sample`.
-    pub fn model_input(&self, sample: &[f32]) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// [`crate::Status::OutOfMemory`].
+    pub fn model_input(&self, sample: &[f32]) -> Result<Vec<f32>> {
         let scale = self.current().map_or(1.0, |(_, step)| step.input_scale);
-        sample.iter().map(|x| (scale * f64::from(*x)) as f32).collect()
+        precision::collect(sample.len(), sample.iter().map(|x| (scale * f64::from(*x)) as f32))
     }
 
     /// Takes one step: `sample` becomes the next state, and the denoised state (same length) is returned.
