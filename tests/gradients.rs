@@ -415,9 +415,10 @@ fn operators_that_rules_emit_have_rules() {
     assert!(emitted.is_empty(), "without a row of their own, and a row that emits them: {emitted:?}");
 }
 
-/// Types of floating point besides f32, with the error that a gradient may have because forward values are rounded.
+/// Types of floating point besides f32, with the error that a gradient may have because forward values are rounded; in
+/// fp64, because the cotangent comes in f32.
 const KINDS: [(&str, ElementType, f64); 3] =
-    [("fp16", ElementType::F16, 1e-3), ("bf16", ElementType::BF16, 8e-3), ("fp64", ElementType::F64, 1e-9)];
+    [("fp16", ElementType::F16, 1e-3), ("bf16", ElementType::BF16, 8e-3), ("fp64", ElementType::F64, 1e-7)];
 
 /// In half precision, the forward values are rounded, the gradients are not: they are f32 and don't vanish. Those of
 /// double precision are f64.
@@ -633,8 +634,9 @@ fn building_takes_time_in_proportion_to_the_graph() {
         };
         (0..3).map(|_| run()).fold(f64::INFINITY, f64::min)
     };
-    // Both too large for caches. A search through the graph for each node would take 16 times as long for 4 times as many.
-    let (small, large) = (time(2_000), time(8_000));
-    println!("{small:.3} s for 6,000 nodes, {large:.3} s for 24,000");
-    assert!(large < 10.0 * small, "{small:.3} s for 6,000 nodes, {large:.3} s for 24,000");
+    let (small, large) = (time(1_000), time(16_000));
+    println!("{small:.3} s for 3,000 nodes, {large:.3} s for 48,000");
+    // Sixteen times as many nodes, most of them outside of caches; a search through the graph for each node would take
+    // 256 times as long.
+    assert!(large < 100.0 * small, "{small:.3} s for 3,000 nodes, {large:.3} s for 48,000");
 }
