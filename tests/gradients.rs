@@ -415,14 +415,20 @@ fn operators_that_rules_emit_have_rules() {
     assert!(emitted.is_empty(), "without a row of their own, and a row that emits them: {emitted:?}");
 }
 
-/// In half precision, the forward values are rounded, the gradients are not: they are f32 and don't vanish.
+/// Types of floating point besides f32, with the error that a gradient may have because forward values are rounded; in
+/// fp64, because the cotangent comes in f32.
+const KINDS: [(&str, ElementType, f64); 3] =
+    [("fp16", ElementType::F16, 1e-3), ("bf16", ElementType::BF16, 8e-3), ("fp64", ElementType::F64, 1e-7)];
+
+/// In half precision, the forward values are rounded, the gradients are not: they are f32 and don't vanish. Those of
+/// double precision are f64.
 #[test]
 fn gradients_of_half_precision_are_f32_and_do_not_underflow() {
     let (bench, rows) = (Bench { runtime: runtime() }, Rows::new());
     let mut report = Report::default();
     for entry in rows.index.iter().filter(|row| row["half"].as_bool().unwrap()) {
-        for (floats, kind, spacing) in [("f16", ElementType::F16, 1e-3), ("bf16", ElementType::BF16, 8e-3)] {
-            let row = rows.open(entry, floats);
+        for (name, kind, tolerance) in KINDS {
+            let row = rows.open(entry, name);
             let single = with_total(&rows.open(entry, "f32"));
             let model = with_total(&row);
             let wrt: Vec<&str> = row.wanted.iter().map(String::as_str).collect();
@@ -442,15 +448,17 @@ fn gradients_of_half_precision_are_f32_and_do_not_underflow() {
             inputs.push((gradient.cotangent.clone(), Tensor::from_vec(&[], vec![small]).unwrap()));
             let found = match bench.run(&gradient.model, &gradient.gradients, &inputs) {
                 Ok(found) => found,
-                Err(error) if floats == "bf16" && error.message().contains("find an implementation") => continue,
-                Err(error) => panic!("{} {floats}: {error}", row.what),
+                // ONNX Runtime's processor provider lacks many operators in these two.
+                Err(error) if name != "fp16" && error.message().contains("find an implementation") => continue,
+                Err(error) => panic!("{} {name}: {error}", row.what),
             };
             for (value, found) in wrt.iter().zip(&found) {
-                let scaled: Vec<f32> = found.as_slice::<f32>().unwrap().iter().map(|g| g / small).collect();
+                let wanted = if kind == ElementType::F64 { ElementType::F64 } else { ElementType::F32 };
+                assert_eq!(found.dtype(), wanted, "{}", row.what);
+                let scaled: Vec<f64> = numbers(found).iter().map(|g| g / f64::from(small)).collect();
                 let found = Tensor::from_vec(found.shape(), scaled).unwrap();
                 let what = format!("{} [{value}]", row.what);
-                let kind = if floats == "f16" { "fp16" } else { "bf16" };
-                report.compare(kind, &what, &found, &case[&value.replace('x', "g")], spacing);
+                report.compare(name, &what, &found, &case[&value.replace('x', "g")], tolerance);
             }
         }
     }
@@ -626,9 +634,9 @@ fn building_takes_time_in_proportion_to_the_graph() {
         };
         (0..3).map(|_| run()).fold(f64::INFINITY, f64::min)
     };
-    let (small, large) = (time(1_000), time(8_000));
-    println!("{small:.3} s for 3,000 nodes, {large:.3} s for 24,000");
-    println!("{:.3} {:.3}", time(2000), time(4000));
-    // Eight times the nodes; a quadratic search anywhere would take 64 times as long.
-    assert!(large < 24.0 * small, "{small:.3} s for 3,000 nodes, {large:.3} s for 24,000");
+    let (small, large) = (time(1_000), time(16_000));
+    println!("{small:.3} s for 3,000 nodes, {large:.3} s for 48,000");
+    // Sixteen times as many nodes, most of them outside of caches; a search through the graph for each node would take
+    // 256 times as long.
+    assert!(large < 100.0 * small, "{small:.3} s for 3,000 nodes, {large:.3} s for 48,000");
 }

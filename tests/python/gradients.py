@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 INF = float("inf")
-FLOATS = dict(f32=np.float32, f16=np.float16, bf16=ml_dtypes.bfloat16)
+FLOATS = dict(f32=np.float32, fp64=np.float64, fp16=np.float16, bf16=ml_dtypes.bfloat16)
 
 
 # ---------------------------------------------------------------------------------------------------------- the inputs
@@ -85,7 +85,8 @@ ROWS = []
 
 def row(what, op, inputs, function, opset=17, outputs=1, evaluator=True, half=False, **attributes):
     """`outputs` is a count, or names for outputs with "" for one left out; `evaluator` is False where ONNX's is wrong
-    or lacks the variant, "single" where it computes in f32 inside; `half`: also as fp16."""
+    or lacks the variant, "single" where it computes in f32 inside; `half`: also in
+    the other types of floating point."""
     ROWS.append(dict(what=f"{op} {what}".strip(), op=op, inputs=inputs, function=function, opset=opset,
                      outputs=outputs, evaluator=evaluator, half=half, attributes=attributes))
 
@@ -136,6 +137,7 @@ row("", "Swish", [X(3, 5)], lambda x: x * torch.sigmoid(1.3 * x), opset=24, alph
 row("to f64", "Cast", [X(3, 5)], lambda x: x + 0, to=TensorProto.DOUBLE)
 row("", "CastLike", [X(3, 5), Fixed([1], np.float64)], lambda x: x + 0)
 row("", "Dropout", [X(3, 5)], lambda x: x + 0)
+row("not in training", "Dropout", [X(3, 5), Fixed(0.3), flags(False)], lambda x: x + 0)
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
 
@@ -151,6 +153,7 @@ row("cube", "Pow", [X(2, 5), Fixed(3)], lambda x: x**3)
 row("minus one half", "Pow", [X(2, 5, low=0.5), Fixed(-0.5)], lambda x: x**-0.5)
 row("of integer type", "Pow", [X(2, 5), Fixed(3, np.int64)], lambda x: x**3)
 row("by a tensor", "Pow", [X(2, 5, low=0.5), X(5)], torch.pow)
+row("nothing", "Pow", [X(2, 5), Fixed(0)], lambda x: x * 0 + 1)
 row("one", "Pow", [X(2, 5), Fixed(1)], lambda x: x**1)
 row("", "Sum", [X(2, 3), X(3), X(2, 1)], lambda a, b, c: a + b + c)
 row("of one", "Sum", [X(2, 3)], lambda a: a + 0)
@@ -652,7 +655,7 @@ def main():
             continue
         for number_of_case, (_, stored) in enumerate(cases):
             save_file(stored, folder / f"{number}-{number_of_case}.safetensors")
-        for floats in ["f32", "f16", "bf16"] if row["half"] else ["f32"]:
+        for floats in FLOATS if row["half"] else ["f32"]:
             model, feeds = build(row, cases[0][0], FLOATS[floats])
             (folder / f"{number}-{floats}.onnx").write_bytes(model.SerializeToString())
         wanted = [f"x{i}" for i, spec in enumerate(row["inputs"]) if isinstance(spec, Input)]

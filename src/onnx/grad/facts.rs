@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::path::Path;
+use super::rules;
 use crate::error::{Error, Result};
 use crate::onnx::graph::Topology;
 use crate::onnx::inline::inlined;
@@ -130,21 +131,17 @@ pub fn questions(model: &Model, wrt: &[&str], output: &str) -> Result<Questions>
     let topology = Topology::new(model.graph());
     let path = Path::new(model, &topology, wrt, output)?;
     let mut asked = Questions::default();
-    let mut add = |value: &str| match path.data_type(value) {
-        _ if value.is_empty() => {}
-        Some(DataType::Int64) => {
-            asked.numbers.insert(value.to_owned());
+    let mut add = |value: &str| {
+        if !value.is_empty() && path.data_type(value).is_some() {
             asked.sizes.insert(value.to_owned());
         }
-        Some(_) => {
-            asked.sizes.insert(value.to_owned());
-        }
-        None => {}
     };
     add(output);
     wrt.iter().for_each(|value| add(value));
     for (node, _) in model.graph().node.iter().zip(path.nodes()).filter(|(_, on)| **on) {
         node.input.iter().chain(&node.output).for_each(|value| add(value));
+        let read = rules::reads(node).iter().filter_map(|&index| node.input.get(index));
+        asked.numbers.extend(read.filter(|value| path.data_type(value) == Some(DataType::Int64)).cloned());
     }
     Ok(asked)
 }

@@ -252,6 +252,12 @@ impl<'s> Site<'s> {
         self.ints("", index).ok().flatten()
     }
 
+    /// Input `index` as a constant flag, if it is one.
+    pub(super) fn known_flag(&self, index: usize) -> Option<bool> {
+        let constant = self.sweep.topology.constant(self.input(index))?;
+        Some(*self.sweep.model.tensor(constant).ok()?.read().ok()?.first()? != 0)
+    }
+
     /// Input `index` as floating-point constants, if it is one.
     pub(super) fn constants(&self, index: usize) -> Option<Vec<f32>> {
         let constant = self.sweep.topology.constant(self.input(index))?;

@@ -9,7 +9,7 @@ pub(super) const RULES: &[(&str, Rule)] = &[
     ("Identity", through),
     ("Cast", through),
     ("CastLike", through),
-    ("Dropout", through),
+    ("Dropout", dropout),
     ("Exp", exp),
     ("Log", log),
     ("Sqrt", sqrt),
@@ -60,6 +60,14 @@ fn above(x: &Expr, bound: f64, cotangent: &Expr) -> Expr {
 fn through(at: &Site) -> Result<()> {
     at.give(0, || at.dy().cast(at.x(0).data_type));
     Ok(())
+}
+
+/// y = x, outside of training:  x̄ = ȳ
+fn dropout(at: &Site) -> Result<()> {
+    match at.has(2) && at.known_flag(2) != Some(false) {
+        true => Err(at.unsupported("its training form; export the model for inference")),
+        false => through(at),
+    }
 }
 
 /// y = eˣ:  x̄ = ȳ y

@@ -58,6 +58,7 @@ fn neg(at: &Site) -> Result<()> {
 fn pow(at: &Site) -> Result<()> {
     let exponent = at.constants(1).filter(|values| values.len() == 1).map(|values| f64::from(values[0]));
     at.give_broadcast(0, || match exponent {
+        Some(0.0) => at.dy() * 0.0,
         Some(exponent) => at.dy() * at.x(0).power(exponent - 1.0) * exponent,
         None => {
             let b = at.x(1).cast(at.x(0).data_type);

@@ -1,5 +1,7 @@
 //! Products of matrices.
 
+use std::collections::HashMap;
+
 use super::Rule;
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
@@ -129,6 +131,14 @@ fn einsum(at: &Site) -> Result<()> {
     }
     if operands.len() != at.inputs() {
         return Err(Error::invalid_file(format!("{}: {equation:?} for {} operands", at.name(), at.inputs())));
+    }
+    let mut sizes: HashMap<char, Size> = HashMap::new();
+    for (index, operand) in operands.iter().enumerate() {
+        for (letter, size) in operand.chars().zip(at.sizes(index)?) {
+            if sizes.insert(letter, size.clone()).is_some_and(|other| other != size) {
+                return Err(at.unsupported(&format!("{letter:?} of {equation:?} has size 1 in one operand only")));
+            }
+        }
     }
     let mut output: Vec<char> = right.chars().collect();
     if !equation.contains("->") {

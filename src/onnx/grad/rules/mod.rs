@@ -86,3 +86,13 @@ pub(super) fn find(node: &NodeProto) -> Option<Rule> {
 pub(super) fn is_flat(node: &NodeProto) -> bool {
     matches!(node.domain(), "" | "ai.onnx") && FLAT.contains(&node.op_type())
 }
+
+/// The inputs whose integers a rule reads: axes, bounds, pads. Of all other integers it needs the sizes alone.
+pub(super) fn reads(node: &NodeProto) -> &'static [usize] {
+    match node.op_type() {
+        "Slice" => &[1, 2, 3, 4],
+        "Pad" => &[1, 3],
+        name if name.starts_with("Reduce") => &[1],
+        _ => &[],
+    }
+}
