@@ -57,7 +57,7 @@ fn every_state_agrees_with_diffusers() {
                 worst = (error, format!("{name}: state {step}"));
             }
             if let Some((index, coefficients)) = walk.current() {
-                let prediction = model(&walk.model_input(&sample), coefficients.timestep);
+                let prediction = model(&walk.model_input(&sample).unwrap(), coefficients.timestep);
                 walk.step(&mut sample, &prediction, Some(noise(index))).unwrap();
             }
         }

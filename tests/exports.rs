@@ -204,7 +204,7 @@ fn stable_diffusion_xl_from_every_exporter() {
 /// Stable Diffusion 1.5 at its full size, with random weights.
 #[test]
 fn a_full_size_model_draws_the_same_with_keys_and_values_as_inputs() {
-    if !std::env::var_os("MACULA_FULL_TESTS").is_some_and(|value| value == "1") {
+    if std::env::var_os("MACULA_FULL_TESTS").is_none_or(|value| value != "1") {
         return;
     }
     let folder = &unets::folders(&["sd15-torchscript17"])[0];

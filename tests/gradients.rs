@@ -43,33 +43,7 @@ fn observe(
     inputs: &[(&str, &Tensor)],
     options: &SessionOptions,
 ) -> macula::Result<Observation> {
-    let mut asking = model.clone();
-    let mut found = Observation::default();
-    let (sizes, numbers) = asking.edit(|edit| {
-        edit.graph_mut().output.clear();
-        let mut ask = |op_type: &str, values: &BTreeSet<String>| {
-            let mut names = Vec::new();
-            for value in values {
-                let name = edit.fresh_name(&format!("{value}/asked"));
-                edit.graph_mut().node.push(node(op_type, [value.as_str()], [name.as_str()]));
-                edit.graph_mut().output.push(build::value(&name, DataType::Int64, None));
-                names.push((value.clone(), name));
-            }
-            names
-        };
-        let asked = (ask("Shape", &questions.sizes), ask("Identity", &questions.numbers));
-        edit.drop_unused();
-        Ok(asked)
-    })?;
-    let outputs: Vec<&str> = sizes.iter().chain(&numbers).map(|(_, name)| name.as_str()).collect();
-    let answers = runtime.session(&asking, options)?.run(inputs, &outputs, &CancelToken::new())?;
-    for ((value, _), answer) in sizes.iter().zip(&answers) {
-        found.sizes.insert(value.clone(), answer.as_slice::<i64>()?.iter().map(|&size| size as usize).collect());
-    }
-    for ((value, _), answer) in numbers.iter().zip(&answers[sizes.len()..]) {
-        found.numbers.insert(value.clone(), answer.as_slice::<i64>()?.to_vec());
-    }
-    Ok(found)
+    macula::runtime::observe(runtime, model, questions, inputs, options, &CancelToken::new())
 }
 
 /// A tensor of the fixture in a type that it is fed or compared in.

@@ -60,7 +60,10 @@ def plan(progress):
         return (0.1, 0.85, 0.05), (8, 2, 0, 0), 0.9
     if progress < 0.5:
         return (0.25, 0.60, 0.15), (5, 4, 0.5, 0.5), 0.9
-    return (0.50, 0.37, 0.13), (4, 4.5, 0.5, 1.0), 0.75
+    if progress < 0.9:
+        return (0.50, 0.37, 0.13), (4, 4.5, 0.5, 1.0), 0.75
+    # A single object is large: its detail is learnt last.
+    return (0.75, 0.17, 0.08), (7, 3, 0.5, 1.0), 0.75
 
 
 def learning_rate(peak, step, progress):
@@ -295,7 +298,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes; by default one per core, or one on a GPU")
-    parser.add_argument("--batch", type=int, default=12, help="pictures of 64 px per worker and step; 2 and 4 times as many of 32 and 16 px")
+    parser.add_argument("--batch", type=int, default=16, help="pictures of 64 px per worker and step; 2 and 4 times as many of 32 and 16 px")
     parser.add_argument("--fresh", action="store_true", help="start from new weights")
     options = parser.parse_args()
     if options.workers is None:

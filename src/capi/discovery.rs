@@ -201,9 +201,8 @@ impl Inputs {
         let mut prompts = Vec::new();
         if !options.prompts.is_null() {
             // SAFETY: as promised by the caller.
-            for (at, &prompt) in
-                unsafe { slice(options.prompts, pictures.count, "options.prompts") }?.iter().enumerate()
-            {
+            let texts = unsafe { slice(options.prompts, pictures.count, "options.prompts") }?;
+            for (at, &prompt) in texts.iter().enumerate() {
                 // SAFETY: as promised by the caller.
                 prompts.push(unsafe { text(prompt, &format!("options.prompts[{at}]")) }?.to_owned());
             }

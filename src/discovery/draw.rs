@@ -74,7 +74,7 @@ impl Examples {
             return Err(Error::invalid_argument(format!("{what}: a picture holds {value}")));
         }
         let tokens = self.conditioning.tokens;
-        if self.conditioning.context.len() % (self.len() * tokens.max(1)) != 0 || tokens == 0 {
+        if tokens == 0 || !self.conditioning.context.len().is_multiple_of(self.len() * tokens) {
             return Err(Error::invalid_argument(format!(
                 "{what}: the texts are not [{}, {tokens}, features]",
                 self.len()
@@ -234,7 +234,7 @@ pub(super) fn pick(all: &Conditioning, entries: &[usize]) -> Conditioning {
 /// 2^-50 for lists of this size).
 fn shuffle(list: &mut [usize], random: &mut ChaCha12Rng) {
     for last in (1..list.len()).rev() {
-        let chosen = (u128::from(random.next_u64()) * (last as u128 + 1) >> 64) as usize;
+        let chosen = ((u128::from(random.next_u64()) * (last as u128 + 1)) >> 64) as usize;
         list.swap(last, chosen);
     }
 }

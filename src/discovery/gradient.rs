@@ -179,7 +179,7 @@ impl KeyValueGradient {
     /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::Cancelled`]; what the session gives.
     pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
         let count = batch.timesteps.len();
-        if scales.len() != self.len() || count == 0 || count % self.lot != 0 {
+        if scales.len() != self.len() || count == 0 || !count.is_multiple_of(self.lot) {
             return Err(Error::invalid_argument(format!(
                 "{count} states and {} scales, expected a multiple of {} states and {} scales",
                 scales.len(),
