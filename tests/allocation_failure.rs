@@ -213,7 +213,10 @@ fn drawing() -> usize {
     each_fails(|| pipeline.draw(&draw, None, &mut Job::default()))
 }
 
-const JOBS: [(&str, fn() -> usize); 6] = [
+/// Name, and what it does; answers how many large allocations were failed.
+type Task = (&'static str, fn() -> usize);
+
+const JOBS: [Task; 6] = [
     ("files", files),
     ("algebra", algebra),
     ("composing", composing),
@@ -232,7 +235,7 @@ fn child_process() {
 
 #[test]
 fn memory_that_can_not_be_had_is_a_status() {
-    if !std::env::var_os("MACULA_FULL_TESTS").is_some_and(|value| value == "1") {
+    if std::env::var_os("MACULA_FULL_TESTS").is_none_or(|value| value != "1") {
         return;
     }
     let program: PathBuf = std::env::current_exe().unwrap();
