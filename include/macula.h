@@ -1843,7 +1843,7 @@ typedef struct {
    */
   uint64_t seed;
   /**
-   * Batches of the search, at least 1. Default: `60`.
+   * Batches of the search, at least 1; at least 13 for a learnt mask. Default: `60`.
    */
   uint32_t batches;
   /**

@@ -68,7 +68,7 @@ pub struct macula_discover_options {
     pub density: f64,
     /// The same seed gives the same neurons on any number of threads. Default: `0`.
     pub seed: u64,
-    /// Batches of the search, at least 1. Default: `60`.
+    /// Batches of the search, at least 1; at least 13 for a learnt mask. Default: `60`.
     pub batches: u32,
     /// Noisy pictures in a batch, at least 1. Default: `8`.
     pub batch: u32,

@@ -84,7 +84,8 @@ pub struct Found {
 
 /// Runs `batches` batches of a search over `count` weights. The same losses give the same set.
 ///
-/// Errors: those of the loss; `InvalidArgument` for no batch, no weight, or a threshold with a method that has none;
+/// Errors: those of the loss; `InvalidArgument` for no batch, no weight, a threshold with a method that has none, or a
+/// learnt mask with too few batches for its rate;
 /// `NotFinite` for a loss or slope that is not finite, naming the batch.
 pub fn search(loss: Loss<'_>, count: usize, batches: usize, method: Method, bound: Bound) -> Result<Found> {
     if count == 0 || batches == 0 {
@@ -104,6 +105,13 @@ pub fn search(loss: Loss<'_>, count: usize, batches: usize, method: Method, boun
         (Method::Algorithm1 { rho }, bound) => algorithm_1(&mut finite, count, batches, f64::from(rho), bound),
         (Method::Gradual { stages }, Bound::Count(budget)) => {
             gradual(&mut finite, count, batches, stages.clamp(1, batches), budget)
+        }
+        (Method::LearntMask { rate, .. }, _) if f64::from(rate) * batches as f64 <= 0.5 => {
+            Err(Error::invalid_argument(format!(
+                "{batches} batches can't bring a scale from 1 to one half in steps of {rate}: a learnt mask needs more \
+                 than {} batches",
+                (0.5 / rate) as usize
+            )))
         }
         (Method::LearntMask { rate, penalty }, Bound::Count(budget)) => {
             learnt_mask(&mut finite, count, batches, rate, penalty, budget)
@@ -270,9 +278,11 @@ mod tests {
     fn what_is_not_finite_is_named_by_its_batch() {
         let mut loss =
             |_: &[f32], batch: usize| Ok(Slope { loss: if batch == 2 { f64::NAN } else { 0.0 }, scales: vec![1.0] });
-        let error = search(&mut loss, 1, 5, Method::default(), Bound::Count(1)).unwrap_err();
+        let error = search(&mut loss, 1, 20, Method::default(), Bound::Count(1)).unwrap_err();
         assert!(error.message().contains("batch 2"), "{error}");
-        let error = search(&mut loss, 1, 5, Method::default(), Bound::Threshold(0.1)).unwrap_err();
-        assert_eq!(error.status(), Status::InvalidArgument);
+        for (batches, bound) in [(20, Bound::Threshold(0.1)), (12, Bound::Count(1)), (0, Bound::Count(1))] {
+            let error = search(&mut loss, 1, batches, Method::default(), bound).unwrap_err();
+            assert_eq!(error.status(), Status::InvalidArgument, "{batches} batches, {bound:?}");
+        }
     }
 }

@@ -103,7 +103,7 @@ impl<'a> Subject<'a> {
             .map_or(0, |all| all.as_slice().iter().map(|one| one.out_features * one.in_features).sum());
         let options = DiscoveryOptions {
             method: self.method,
-            bound: Bound::Count(((self.density * count as f64).round() as usize).max(1)),
+            bound: Bound::Count(((self.density * count as f64) as usize).max(1)),
             batches: self.batches,
             batch: self.batch,
             seed: self.seed,

@@ -79,6 +79,8 @@ int main(int argc, char **argv) {
   options.batches = 0;
   REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "batches");
   options.batches = 4;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "12 batches");
+  options.method = MACULA_METHOD_SALIENCY;
   {
     const char *prompts[] = {"a <s2> animal on a red background", "an animal"};
     options.prompts = prompts;
