@@ -80,8 +80,8 @@ fn agrees_with_torch(folder: &Path, effort: Effort, bound: f32) {
         .collect();
     let types: Vec<DataType> =
         model.graph().input.iter().rev().take(found.len()).map(|i| graph::element_type(i).unwrap()).collect();
+    let tensors = unets::tensors(&folder.join("weights.safetensors"));
     for (input, projection) in keys_and_values.iter().zip(&found) {
-        let tensors = unets::tensors(&folder.join("weights.safetensors"));
         let stored = &tensors[&format!("{}.weight", projection.path)];
         let weight: Vec<f32> = match stored.dtype {
             safetensors::Dtype::F16 => {
