@@ -100,6 +100,10 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
         let gone = edited.initializer(&projection.weight.name).is_err();
         assert!(gone, "{at}: the weight of {} is still there", projection.path);
     }
+    let mut fused = edited.clone();
+    let count = attention::fuse(&mut fused).unwrap_or_else(|error| panic!("{at}: {error}"));
+    let left = fused.graph().node.iter().filter(|node| node.is("Softmax")).count();
+    println!("{at}: {count} attentions fused, {left} left");
     let reference = unets::tensors(&folder.join("reference.safetensors"));
     assert!(reference.contains_key("0.out_sample"), "{at}: there is nothing to compare with");
     for case in (0..).take_while(|case| reference.contains_key(&format!("{case}.out_sample"))) {
@@ -125,6 +129,8 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
         let error = relative(&run(runtime, &edited, &given), &untouched);
         println!("{at}: case {case}: {error:.1e}");
         assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} from the untouched model");
+        let error = relative(&run(runtime, &fused, &given), &untouched);
+        assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} with fused attention");
         // The inputs are used: other keys and values give another picture.
         let half = given.len() - 1;
         let zeros = Tensor::zeros(given[half].1.dtype(), given[half].1.shape()).unwrap();

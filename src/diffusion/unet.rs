@@ -18,7 +18,9 @@ use crate::error::{Error, Result, Status};
 use crate::onnx::attention::{self, KeyValueInput};
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
-use crate::runtime::{Binding, Device, Dimension, ElementType, Port, Runtime, Session, SessionOptions, Tensor};
+use crate::runtime::{
+    Binding, Device, Dimension, ElementType, Port, Provider, Runtime, Session, SessionOptions, Tensor,
+};
 
 /// How a UNet is opened.
 #[derive(Clone, Debug, Default)]
@@ -135,6 +137,9 @@ impl Unet {
         let mut model = Model::open(path, &options.limits)?;
         let text = text_port(&model);
         let steering = externalise(&mut model)?;
+        if options.session.provider == Provider::Cpu {
+            attention::fuse(&mut model)?;
+        }
         let session = runtime.session(&model, &options.session)?;
         drop(model);
         let mut shape = check_inputs(&session, text.as_ref(), &steering)?;
@@ -184,6 +189,11 @@ impl Unet {
     /// The threads that compute keys and values.
     pub fn pool(&self) -> &Arc<ThreadPool> {
         &self.pool
+    }
+
+    /// Whether the graph takes an encoded text.
+    pub fn takes_text(&self) -> bool {
+        self.text.is_some()
     }
 
     /// Whether the graph takes class labels.

@@ -7,6 +7,7 @@
 //! of the model a projection is. This file knows graphs, but not what is done with the weights.
 
 mod columns;
+mod fuse;
 mod names;
 mod search;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use super::tensor::DataType;
 use crate::error::{Error, Result};
 
 pub use columns::Columns;
+pub use fuse::fuse;
 use search::Search;
 
 /// The usual name of the text input of an exported UNet.

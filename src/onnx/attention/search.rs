@@ -536,7 +536,7 @@ struct StoredMatrix<'m> {
 }
 
 /// The number of axes of a value, if the graph tells it.
-fn rank(topology: &Topology<'_>, value: &str) -> Option<usize> {
+pub(super) fn rank(topology: &Topology<'_>, value: &str) -> Option<usize> {
     if let Some(info) = topology.value_info(value)
         && let Some(dims) = declared_sizes(info)
     {

@@ -298,3 +298,48 @@ fn module_paths_have_one_form() {
         assert_eq!(paths, [path.clone(), format!("{attention}.to_v")], "{key}");
     }
 }
+
+/// Attention with a step between the scores and the Softmax, and its result behind an Identity.
+fn scored(step: NodeProto) -> Model {
+    let mut graph = plain().weight("steps", &[4]);
+    graph.constants.push(tensor_f32("scale", &[], &[0.5]));
+    let attention = graph
+        .node(node("Transpose", ["k"], ["keys_t"]).with("perm", vec![0, 2, 1]))
+        .node(node("MatMul", ["queries", "keys_t"], ["products"]))
+        .node(step)
+        .node(node("Softmax", ["scores"], ["weights"]))
+        .node(node("MatMul", ["weights", "v"], ["result"]))
+        .node(node("Identity", ["result"], ["out"]));
+    attention.model()
+}
+
+#[test]
+fn attention_with_a_constant_scale_is_fused_and_no_other() {
+    for (step, scale) in [
+        (node("Mul", ["products", "scale"], ["scores"]), 0.5),
+        (node("Mul", ["scale", "products"], ["scores"]), 0.5),
+        (node("Div", ["products", "scale"], ["scores"]), 2.0),
+    ] {
+        let mut model = scored(step);
+        assert_eq!(fuse(&mut model).unwrap(), 1);
+        let nodes = &model.graph().node;
+        assert!(!nodes.iter().any(|node| node.is("Softmax")));
+        let fused = nodes.iter().find(|node| node.op_type() == "MultiHeadAttention").unwrap();
+        assert_eq!((fused.attribute_f("scale"), fused.attribute_i("num_heads")), (Some(scale), Some(1)));
+    }
+    for step in [
+        // A mask, a scale for each key, a divided scale.
+        node("Add", ["products", "scale"], ["scores"]),
+        node("Mul", ["products", "steps"], ["scores"]),
+        node("Div", ["scale", "products"], ["scores"]),
+    ] {
+        let mut model = scored(step);
+        let before = model.to_bytes().unwrap();
+        assert_eq!(fuse(&mut model).unwrap(), 0);
+        assert_eq!(model.to_bytes().unwrap(), before);
+    }
+    // The weights are seen by somebody else, too.
+    let mut model = scored(node("Mul", ["products", "scale"], ["scores"]));
+    model.edit(|edit| edit.expose_output("weights")).unwrap();
+    assert_eq!(fuse(&mut model).unwrap(), 0);
+}

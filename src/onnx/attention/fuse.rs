@@ -1,0 +1,186 @@
+//! Attention that is written out, as one operator.
+//!
+//! Exporters write attention as two products around a Softmax, whose scores `[.., queries, keys]` are by far the largest
+//! values of a diffusion UNet. ONNX Runtime's `MultiHeadAttention` goes over them block by block and never holds them,
+//! but its own optimizer does not find attention in these graphs. Heads do not mix, so every axis in front of the last
+//! two becomes a part of the batch of an attention with one head, whatever it means to the model.
+
+use super::super::build::{self, node};
+use super::super::edit::Edit;
+use super::super::graph::Topology;
+use super::super::model::Model;
+use super::super::proto::NodeProto;
+use super::super::tensor::DataType;
+use super::search;
+use crate::error::Result;
+
+/// ONNX Runtime's own operators.
+const DOMAIN: &str = "com.microsoft";
+
+/// An attention in the graph: `softmax(scale * queries * keys) * values`.
+struct Written {
+    /// `[.., queries, features]`
+    queries: String,
+    /// `[.., features, keys]`
+    keys: String,
+    /// `[.., keys, features]`
+    values: String,
+    /// `[.., queries, features]`
+    result: String,
+    scale: f32,
+    axes: usize,
+}
+
+/// Replaces every attention in f32 and without a mask that is written out, and answers how many there were. The results
+/// differ by rounding.
+///
+/// The model then holds an operator that only ONNX Runtime has, and that has no derivative rule.
+pub fn fuse(model: &mut Model) -> Result<usize> {
+    let found = written(model);
+    if !found.is_empty() {
+        model.edit(|edit| {
+            edit.import_opset(DOMAIN, 1)?;
+            found.iter().for_each(|attention| replace(edit, attention));
+            edit.drop_unused();
+            Ok(())
+        })?;
+    }
+    Ok(found.len())
+}
+
+fn written(model: &Model) -> Vec<Written> {
+    // Before version 13 a Softmax ran over several axes at once.
+    if model.opset("").is_none_or(|version| version < 13) {
+        return Vec::new();
+    }
+    let topology = model.topology();
+    let types = topology.element_types();
+    let softmaxes = topology.graph().node.iter().filter(|node| node.is("Softmax"));
+    let attentions = softmaxes.filter_map(|softmax| around(model, &topology, softmax));
+    attentions.filter(|attention| types.get(attention.queries.as_str()) == Some(&DataType::Float)).collect()
+}
+
+/// The attention around a Softmax, if nothing but a scale lies between it and the two products.
+fn around(model: &Model, topology: &Topology<'_>, softmax: &NodeProto) -> Option<Written> {
+    let mut scores = made_for_one(topology, softmax.input.first()?)?;
+    let mut scale = 1.0;
+    if let ("Mul" | "Div", [a, b]) = (scores.op_type(), &scores.input[..]) {
+        let factor = |value| scalar(model, topology, value);
+        let scaled = match (scores.op_type(), factor(a), factor(b)) {
+            ("Mul", Some(factor), _) => (b, factor),
+            ("Mul", None, Some(factor)) => (a, factor),
+            ("Div", _, Some(divisor)) => (a, 1.0 / divisor),
+            _ => return None,
+        };
+        scale = scaled.1;
+        scores = made_for_one(topology, scaled.0)?;
+    }
+    let [queries, keys] = product(scores)?;
+    let axes = axes(topology, queries).or_else(|| axes(topology, keys))?;
+    if axes < 3 || softmax.attribute_i("axis").is_some_and(|axis| axis != -1 && axis != axes as i64 - 1) {
+        return None;
+    }
+    let weights = softmax.output.first()?;
+    made_for_one(topology, weights)?;
+    let (_, average) = topology.consumers(weights).next()?;
+    let [_, values] = product(average).filter(|[first, second]| first == weights && second != weights)?;
+    let result = average.output.first().filter(|result| !topology.is_output(result))?;
+    Some(Written {
+        queries: queries.clone(),
+        keys: keys.clone(),
+        values: values.clone(),
+        result: result.clone(),
+        scale,
+        axes,
+    })
+}
+
+/// The node that makes a value which one node uses, once, and nobody outside sees.
+fn made_for_one<'g>(topology: &Topology<'g>, value: &str) -> Option<&'g NodeProto> {
+    let (_, node) = topology.producer(value)?;
+    (topology.uses(value).len() == 1 && !topology.is_output(value)).then_some(node)
+}
+
+fn product(node: &NodeProto) -> Option<&[String; 2]> {
+    node.is("MatMul").then_some(&node.input)?.first_chunk()
+}
+
+/// The one number that a constant holds.
+fn scalar(model: &Model, topology: &Topology<'_>, value: &str) -> Option<f32> {
+    let tensor = model.tensor(topology.constant(value)?).ok().filter(|tensor| tensor.elements() == 1)?;
+    tensor.to_f32().ok()?.first().copied().filter(|number| number.is_finite() && *number != 0.0)
+}
+
+/// The number of a value's axes, through what does not change it.
+fn axes(topology: &Topology<'_>, value: &str) -> Option<usize> {
+    let mut value = value;
+    // A graph may hold a cycle; no sound one has a chain this long.
+    for _ in 0..16 {
+        if let Some(axes) = search::rank(topology, value) {
+            return Some(axes);
+        }
+        let (_, node) = topology.producer(value)?;
+        match node.op_type() {
+            "Transpose" => return Some(node.attribute_ints("perm")?.len()),
+            // The other factor is a scale.
+            "Mul" | "Div" | "Cast" | "Identity" => value = node.input.first()?,
+            _ => return None,
+        }
+    }
+    None
+}
+
+/// A graph that grows.
+struct Growing<'e> {
+    edit: &'e mut Edit,
+    /// What new names begin with.
+    prefix: &'e str,
+}
+
+impl Growing<'_> {
+    /// Adds a node and answers its one output.
+    fn node(&mut self, mut node: NodeProto) -> String {
+        let name = self.edit.fresh_name(&format!("{}/{}", self.prefix, node.op_type()));
+        node.output.push(name.clone());
+        self.edit.graph_mut().node.push(node.named(&name));
+        name
+    }
+
+    fn constant(&mut self, values: &[i64]) -> String {
+        let name = self.edit.fresh_name(&format!("{}/sizes", self.prefix));
+        self.edit.graph_mut().initializer.push(build::tensor_i64(&name, &[values.len()], values));
+        name
+    }
+
+    /// The sizes of a value's axes from one on, up to another; negative ones count from behind.
+    fn sizes(&mut self, value: &str, from: i64, to: i64) -> String {
+        let sizes = self.node(node("Shape", [value], []));
+        let (from, to) = (self.constant(&[from]), self.constant(&[to]));
+        self.node(node("Slice", [&*sizes, &from, &to], []))
+    }
+
+    /// The value in a shape that is put together from sizes.
+    fn reshape(&mut self, value: &str, sizes: [&str; 2]) -> String {
+        let shape = self.node(node("Concat", sizes, []).with("axis", 0));
+        self.node(node("Reshape", [value, &shape], []))
+    }
+}
+
+/// Adds the fused attention, and lets everyone who used the written one's result take its own.
+fn replace(edit: &mut Edit, attention: &Written) {
+    let Written { queries, keys, values, result, scale, axes } = attention;
+    let mut graph = Growing { edit, prefix: result };
+    let mut exchanged: Vec<i64> = (0..*axes as i64).collect();
+    exchanged.swap(axes - 2, axes - 1);
+    let keys = graph.node(node("Transpose", [keys.as_str()], []).with("perm", exchanged));
+    let rest = graph.constant(&[-1]);
+    let [q, k, v] = [queries, &keys, values].map(|value| {
+        let last_two = graph.sizes(value, -2, i64::MAX);
+        graph.reshape(value, [&rest, &last_two])
+    });
+    let fused = node("MultiHeadAttention", [&*q, &k, &v], []).in_domain(DOMAIN);
+    let fused = graph.node(fused.with("num_heads", 1).with("scale", *scale));
+    let all_but_last = graph.sizes(queries, 0, -1);
+    let fused = graph.reshape(&fused, [&all_but_last, &rest]);
+    edit.redirect(result, &fused);
+}
