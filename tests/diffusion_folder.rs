@@ -186,6 +186,8 @@ fn fields_of_a_wrong_kind_are_named_with_their_value() {
         ("vae_decoder/config.json", "scaling_factor", json!("0.18"), Status::InvalidFile),
         ("vae_decoder/config.json", "scaling_factor", json!(0.0), Status::InvalidFile),
         ("vae_decoder/config.json", "shift_factor", json!([1]), Status::InvalidFile),
+        ("vae_decoder/config.json", "latents_mean", json!([0, "a"]), Status::InvalidFile),
+        ("vae_decoder/config.json", "latents_std", json!(1.5), Status::InvalidFile),
         ("vae_decoder/config.json", "block_out_channels", json!([]), Status::InvalidFile),
         ("tokenizer/tokenizer_config.json", "pad_token", json!("<nowhere>"), Status::InvalidFile),
     ] {

@@ -271,7 +271,12 @@ def picture(pipe, draws, shape, options):
     images = [Image.fromarray(image) for image in pixels] * (shape[0] // count)
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        latents = pipe.vae.encode(planes).latent_dist.mode() * pipe.vae.config.scaling_factor
+        latents = pipe.vae.encode(planes).latent_dist.mode()
+    config = pipe.vae.config
+    if config.latents_mean is not None:
+        mean, deviation = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        latents = (latents - mean) / deviation
+    latents = latents * config.scaling_factor
     steps = options["num_inference_steps"]
     first = steps - min(int(steps * options["strength"]), steps)
     entry = {"picture": draws.put(pixels), "latents": draws.put(latents), "first_step": first}
@@ -382,7 +387,8 @@ def sdxl(folder):
     unet = small_unet(96, 4, sdxl=True)
     vae = AutoencoderKL(block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=8, sample_size=16,
-                        scaling_factor=0.13025).eval()
+                        scaling_factor=0.13025, latents_mean=[-1.6, 0.3, 0.0, 0.8],
+                        latents_std=[8.0, 5.5, 0.7, 1.3]).eval()
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                                        timestep_spacing="leading", steps_offset=1)
     pipe = StableDiffusionXLPipeline(vae, encoder, encoder_2, tokenizer, tokenizer_2, unet, scheduler,

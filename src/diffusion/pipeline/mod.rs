@@ -624,6 +624,11 @@ impl Pipeline {
     /// Encodings of the prompts, then of the negative prompt if it is needed, all of one length.
     fn texts(&mut self, options: &DrawOptions<'_>, guided: bool, cancel: &CancelToken) -> Result<Texts> {
         if self.encoders.is_empty() {
+            if self.unet.takes_text() {
+                return Err(Error::not_found(
+                    "the UNet takes text, and the folder has no text_encoder: encode prompts elsewhere and denoise",
+                ));
+            }
             return Ok(Texts { prompts: Vec::new(), negative: None });
         }
         let negative = guided.then(|| options.negative_prompt.as_deref().unwrap_or(""));

@@ -14,6 +14,9 @@ use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{Runtime, Session, SessionOptions};
 
+/// Channels of a latent; real ones have 3 to 128.
+const MAX_CHANNELS: usize = 1024;
+
 /// Pictures of one size, 8-bit RGB, row by row from the top: `[count, height, width, 3]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Images {
@@ -172,12 +175,57 @@ impl Images {
 /// One half of the autoencoder.
 pub(super) struct Vae {
     pub(super) session: Session,
-    /// Latents are the encoder's times this.
-    scaling: f64,
-    /// The encoder's latents are moved by this first.
-    shift: f64,
+    /// From the autoencoder's latents to the UNet's, for every channel or one for all.
+    normalization: Vec<Normalization>,
     /// Pixels of a latent's side.
     pub(super) factor: usize,
+}
+
+/// The UNet's latent is the autoencoder's minus `offset`, times `factor`.
+#[derive(Clone, Copy)]
+struct Normalization {
+    offset: f64,
+    factor: f64,
+}
+
+impl Normalization {
+    /// From `scaling_factor` and either `shift_factor` or, by channel, `latents_mean` and `latents_std`, as diffusers'
+    /// pipelines use them.
+    fn from_config(config: &Value) -> Result<Vec<Self>> {
+        let number = |name: &str, value: &Value| {
+            let number = value.as_f64().filter(|number| number.is_finite());
+            number.ok_or_else(|| Error::invalid_file(format!("{name} is {value}, must be a number")))
+        };
+        let given = |name: &str| config.get(name).filter(|value| !value.is_null());
+        let one = |name: &str, default| given(name).map_or(Ok(default), |value| number(name, value));
+        let list = |name: &str| {
+            let Some(value) = given(name) else { return Ok(None) };
+            let entries = value.as_array().filter(|entries| (1..=MAX_CHANNELS).contains(&entries.len()));
+            let entries = entries.ok_or_else(|| {
+                Error::invalid_file(format!("{name} is {value}, must be a list of 1..={MAX_CHANNELS} numbers"))
+            })?;
+            entries.iter().map(|entry| number(name, entry)).collect::<Result<Vec<f64>>>().map(Some)
+        };
+        let scaling = one("scaling_factor", 0.18215)?;
+        if !(1e-6..=1e6).contains(&scaling) {
+            return Err(Error::invalid_file(format!("scaling_factor is {scaling}, must be in 1e-6..=1e6")));
+        }
+        match (list("latents_mean")?, list("latents_std")?) {
+            (Some(means), Some(deviations)) if means.len() == deviations.len() => {
+                if let Some(deviation) = deviations.iter().find(|deviation| !(1e-6..=1e6).contains(*deviation)) {
+                    return Err(Error::invalid_file(format!("latents_std holds {deviation}, must be in 1e-6..=1e6")));
+                }
+                let channels = means.into_iter().zip(deviations);
+                Ok(channels.map(|(offset, deviation)| Self { offset, factor: scaling / deviation }).collect())
+            }
+            (Some(means), Some(deviations)) => Err(Error::invalid_file(format!(
+                "latents_mean has {} entries, latents_std {}",
+                means.len(),
+                deviations.len()
+            ))),
+            _ => Ok(vec![Self { offset: one("shift_factor", 0.0)?, factor: scaling }]),
+        }
+    }
 }
 
 impl Vae {
@@ -208,17 +256,8 @@ impl Vae {
                 None => Value::Null,
             },
         };
-        let number = |name: &str, default: f64| match config.get(name) {
-            None | Some(Value::Null) => Ok(default),
-            Some(value) => value
-                .as_f64()
-                .filter(|value| value.is_finite())
-                .ok_or_else(|| Error::invalid_file(format!("{}: {name} is {value}", folder.name("config.json")))),
-        };
-        let scaling = number("scaling_factor", 0.18215)?;
-        if !(1e-6..=1e6).contains(&scaling) {
-            return Err(Error::invalid_file(format!("{}: scaling_factor is {scaling}", folder.name("config.json"))));
-        }
+        let normalization =
+            Normalization::from_config(&config).map_err(|error| error.at(folder.name("config.json")))?;
         let levels = config.get("block_out_channels").and_then(Value::as_array).map_or(4, Vec::len);
         if !(1..=8).contains(&levels) {
             return Err(Error::invalid_file(format!(
@@ -226,7 +265,29 @@ impl Vae {
                 folder.name("config.json")
             )));
         }
-        Ok(Self { session, scaling, shift: number("shift_factor", 0.0)?, factor: 1 << (levels - 1) })
+        Ok(Self { session, normalization, factor: 1 << (levels - 1) })
+    }
+
+    /// Every value of latents `[B, C, h, w]` changed by its channel's normalization.
+    fn normalized(
+        &self,
+        latents: &[f32],
+        [_, channels, height, width]: [usize; 4],
+        change: impl Fn(f64, Normalization) -> f64,
+    ) -> Result<Vec<f32>> {
+        let known = self.normalization.len();
+        if known != 1 && known != channels {
+            return Err(Error::unsupported(format!(
+                "latents_mean has {known} entries, the latents have {channels} channels"
+            )));
+        }
+        let planes = latents.chunks_exact((height * width).max(1)).zip((0..channels).cycle());
+        let values = planes.flat_map(|(plane, channel)| {
+            let normalization = self.normalization[channel % known];
+            plane.iter().map(move |value| (*value, normalization))
+        });
+        let values = values.map(|(value, normalization)| change(f64::from(value), normalization) as f32);
+        precision::collect(latents.len(), values)
     }
 
     /// Planes `[1, 3, H, W]` of latents `[1, C, h, w]`.
@@ -236,9 +297,8 @@ impl Vae {
         shape: [usize; 4],
         cancel: &CancelToken,
     ) -> Result<(Vec<f32>, [usize; 4])> {
-        let unscale = |value: &f32| (f64::from(*value) / self.scaling + self.shift) as f32;
-        let unscaled = precision::collect(latent.len(), latent.iter().map(unscale))?;
-        self.run(&unscaled, shape, cancel).map_err(|e| e.at("VAE decoder"))
+        let run = || self.run(&self.normalized(latent, shape, |value, n| value / n.factor + n.offset)?, shape, cancel);
+        run().map_err(|error| error.at("VAE decoder"))
     }
 
     /// Latents `[B, C, h, w]` of planes `[B, 3, H, W]`: the mean of the posterior, scaled.
@@ -257,12 +317,11 @@ impl Vae {
             )));
         }
         let area = given[2] * given[3];
-        let scale = |value: &f32| ((f64::from(*value) - self.shift) * self.scaling) as f32;
-        let means =
-            values.chunks_exact((given[1] * area).max(1)).flat_map(|image| image[..channels * area].iter().map(scale));
-        let means = precision::collect(values.len() / given[1] * channels, means)?;
+        let means = values.chunks_exact((given[1] * area).max(1)).flat_map(|image| &image[..channels * area]);
+        let means = precision::collect(values.len() / given[1] * channels, means.copied())?;
         given[1] = channels;
-        Ok((means, given))
+        let latents = self.normalized(&means, given, |value, n| (value - n.offset) * n.factor);
+        Ok((latents.map_err(|error| error.at("VAE encoder"))?, given))
     }
 
     fn run(&self, values: &[f32], shape: [usize; 4], cancel: &CancelToken) -> Result<(Vec<f32>, [usize; 4])> {
