@@ -3,6 +3,8 @@
 //!
 //! Prints one JSON object a line: `name`, `value`, `bound`, `note`. Times are the least of many runs on two threads.
 
+mod support;
+
 use std::time::Instant;
 
 use macula::concept::{
@@ -12,8 +14,7 @@ use macula::concept::{
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use rayon::{ThreadPool, ThreadPoolBuilder};
-
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
+use support::{Outcome, figure};
 
 const CONTEXT: usize = 768;
 const TOKENS: usize = 77;
@@ -24,10 +25,6 @@ fn main() -> Outcome {
     let base = base()?;
     files(&base)?;
     swaps(&base, &pool)
-}
-
-fn figure(name: &str, value: f64, bound: &str, note: &str) {
-    println!(r#"{{"name": "{name}", "value": {value}, "bound": "{bound}", "note": "{note}"}}"#);
 }
 
 /// Milliseconds of the fastest of `runs` runs.

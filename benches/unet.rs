@@ -4,9 +4,9 @@
 //! Both sides take turns in one run. Prints one JSON object a line: `name`, `value`, `bound`, `note`. The model of Stable
 //! Diffusion's size has random weights and is made on the first run; `MACULA_BENCH_SMALL` leaves it out.
 
-use std::io::{BufRead, BufReader, Write};
+mod support;
+
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use macula::concept::{Composition, GatheredConcept, Indices, Layer, NeuronSet, Projections, Rows};
@@ -15,11 +15,7 @@ use macula::progress::CancelToken;
 use macula::runtime::{Runtime, RuntimeOptions};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
-use serde_json::Value;
-
-type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
-
-const THREADS: usize = 2;
+use support::{Outcome, Peer, THREADS, figure, median};
 
 /// A model and the inputs that it is measured with.
 struct Case {
@@ -39,9 +35,8 @@ fn main() -> Outcome {
     {
         return our_peak(Path::new(model));
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let small = Case {
-        model: root.join("models/emoji/onnx/unet/model.onnx"),
+        model: support::root().join("models/emoji/onnx/unet/model.onnx"),
         batch: 2,
         channels: 3,
         side: 64,
@@ -51,10 +46,10 @@ fn main() -> Outcome {
     };
     let steps = step_ratio(&small, 40)?;
     figure("unet_step_ratio_small", steps, "<= 1.02", "the shipped UNet, batch 2, 64 x 64, median of 40 steps each");
-    if std::env::var_os("MACULA_BENCH_SMALL").is_some() {
+    if support::small_only() {
         return Ok(());
     }
-    let large = full_size(&full_size_model(root)?);
+    let large = full_size(&support::full_size_model()?);
     let steps = step_ratio(&large, 5)?;
     figure("unet_step_ratio_sd15", steps, "<= 1.02", "batch 2, 64 x 64, 77 tokens, median of 5 steps each");
     opening(&large)?;
@@ -66,73 +61,12 @@ fn full_size(model: &Path) -> Case {
     Case { model, batch: 2, channels: 4, side: 64, tokens: 77, features: 768, class_labels: false }
 }
 
-/// Stable Diffusion 1.5's UNet with random weights, exported once.
-fn full_size_model(root: &Path) -> Outcome<PathBuf> {
-    let folder = root.join("target/fixtures/sd15-full-size");
-    if !folder.exists() {
-        eprintln!("exporting a UNet of Stable Diffusion 1.5's size (3.4 GB, some minutes)");
-        let mut export = Command::new(python()?);
-        export.arg(root.join("tests/python/export_unets.py")).args(["sd15", "--exporter", "torchscript17", "--out"]);
-        let status = export.arg(&folder).status()?;
-        if !status.success() {
-            return Err(format!("export_unets.py ended with {status}").into());
-        }
-    }
-    Ok(folder.join("model.onnx"))
-}
-
-fn python() -> Outcome<PathBuf> {
-    let python =
-        std::env::var_os("MACULA_PYTHON").ok_or("set MACULA_PYTHON, or run `cargo xtask bench`, which does")?;
-    Ok(python.into())
-}
-
-fn figure(name: &str, value: f64, bound: &str, note: &str) {
-    println!(r#"{{"name": "{name}", "value": {value}, "bound": "{bound}", "note": "{note}"}}"#);
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// The untouched model in Python's onnxruntime, in a process of its own.
-struct Peer {
-    process: Child,
-    answers: BufReader<std::process::ChildStdout>,
-}
-
-impl Peer {
-    fn open(case: &Case) -> Outcome<Self> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/peer_unet.py");
-        let mut process = Command::new(python()?).arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let answers = BufReader::new(process.stdout.take().ok_or("the peer has no output")?);
-        let mut peer = Self { process, answers };
-        peer.ask(&format!("open {} {THREADS}", case.model.display()))?;
-        peer.ask(&format!("inputs {} {} {} {}", case.batch, case.side, case.side, case.tokens))?;
-        Ok(peer)
-    }
-
-    fn ask(&mut self, command: &str) -> Outcome<Value> {
-        let input = self.process.stdin.as_mut().ok_or("the peer has no input")?;
-        writeln!(input, "{command}")?;
-        let mut answer = String::new();
-        self.answers.read_line(&mut answer)?;
-        Ok(serde_json::from_str(&answer)
-            .map_err(|error| format!("the peer answered {command:?} with {answer:?}: {error}"))?)
-    }
-
-    fn step(&mut self) -> Outcome<f64> {
-        Ok(self.ask("step")?["seconds"].as_f64().ok_or("no time")?)
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        drop(self.process.stdin.take());
-        // The peer ends when its input does; there is nobody to tell if it doesn't.
-        let _ = self.process.wait();
-    }
+/// The untouched model in Python's onnxruntime.
+fn peer(case: &Case) -> Outcome<Peer> {
+    let mut peer = Peer::start("peer_unet.py")?;
+    peer.ask(&format!("open {} {THREADS}", case.model.display()))?;
+    peer.ask(&format!("inputs {} {} {} {}", case.batch, case.side, case.side, case.tokens))?;
+    Ok(peer)
 }
 
 /// Our side: the same model with its keys and values bound.
@@ -178,7 +112,7 @@ fn uniform(random: &mut ChaCha8Rng) -> f32 {
 
 /// Our time of a step over the peer's.
 fn step_ratio(case: &Case, runs: usize) -> Outcome<f64> {
-    let (mut peer, mut ours) = (Peer::open(case)?, Ours::open(case, None)?);
+    let (mut peer, mut ours) = (peer(case)?, Ours::open(case, None)?);
     peer.step()?;
     ours.step()?;
     let (mut theirs, mut mine) = (Vec::new(), Vec::new());
@@ -193,7 +127,7 @@ fn step_ratio(case: &Case, runs: usize) -> Outcome<f64> {
 
 /// Opening with and without a warm cache, and a switch of concepts against a new session.
 fn opening(case: &Case) -> Outcome {
-    let cache = tempfile::tempdir_in(Path::new(env!("CARGO_MANIFEST_DIR")).join("target"))?;
+    let cache = tempfile::tempdir_in(support::root().join("target"))?;
     // Seconds of opening and of the first step. The step computes the same on both sides, and no cache can shorten it.
     let first = |cache: Option<&Path>| -> Outcome<(f64, f64, Ours)> {
         let start = Instant::now();
@@ -261,17 +195,13 @@ fn neurons(base: &Projections, seed: u64) -> Outcome<NeuronSet> {
 
 /// Peak memory of opening and three steps, each side in a fresh process.
 fn memory(case: &Case) -> Outcome {
-    let mut peer = Peer::open(case)?;
+    let mut peer = peer(case)?;
     for _ in 0..3 {
         peer.step()?;
     }
-    let theirs = peer.ask("peak")?["bytes"].as_f64().ok_or("no memory")?;
+    let theirs = peer.peak()?;
     drop(peer);
-    let output = Command::new(std::env::current_exe()?).arg("peak").arg(&case.model).output()?;
-    let mine: f64 = String::from_utf8_lossy(&output.stdout)
-        .trim()
-        .parse()
-        .map_err(|_| format!("our side ended with {}: {}", output.status, String::from_utf8_lossy(&output.stderr)))?;
+    let mine = support::fresh_process(&["peak", &case.model.to_string_lossy()])?;
     eprintln!("peak memory {:.2} GB, the peer's {:.2} GB", mine / 1e9, theirs / 1e9);
     figure("rss_ratio_sd15", mine / theirs, "<= 1.1", "peak resident memory of opening and three steps");
     Ok(())
@@ -282,7 +212,5 @@ fn our_peak(model: &Path) -> Outcome {
     for _ in 0..3 {
         ours.step()?;
     }
-    let (_, peak) = macula::runtime::process_memory().ok_or("the system doesn't tell the peak memory")?;
-    println!("{peak}");
-    Ok(())
+    support::print_peak()
 }

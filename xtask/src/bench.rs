@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use crate::place::{cargo, out};
 use crate::python;
 
-const BENCHMARKS: [&str; 2] = ["swap", "unet"];
+const BENCHMARKS: [&str; 3] = ["swap", "unet", "gradients"];
 
 /// Runs the benchmarks and writes `out/bench.json`; `small` leaves out models of Stable Diffusion's size.
 pub fn run(small: bool) -> Result<()> {
