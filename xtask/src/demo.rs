@@ -53,7 +53,7 @@ fn lay_out(subject: &Path, folder: &Path) -> Result<PathBuf> {
 
 /// Compiles `examples/c/<name>.c` against the header and the release library, which stands beside the program under its
 /// SONAME, as in an installed tree.
-fn compile_example(name: &str) -> Result<PathBuf> {
+pub fn compile_example(name: &str) -> Result<PathBuf> {
     let folder = target()?.join("examples-c");
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let library = folder.join("libmacula.so.0");

@@ -5,23 +5,31 @@ use std::process::Command;
 use anyhow::Result;
 use clap::ValueEnum;
 
-use crate::place::{out, root, step};
-use crate::python;
+use crate::place::{cargo, out, root, step};
+use crate::{demo, python};
 
 /// What can be measured.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum What {
     /// How often the shipped model draws what the prompt says: out/model.json and out/model.png
     Model,
+    /// What concept neurons of kept-out subjects do, alone and composed: out/cones.json and out/cones-*.png
+    Cones,
 }
 
 /// Runs one measurement; `full` takes larger samples.
 pub fn run(what: What, full: bool) -> Result<()> {
     let script = match what {
         What::Model => "models/emoji/evaluate.py",
+        What::Cones => "models/reference/evaluate_cones.py",
     };
     let evaluate = &mut Command::new(python::environment()?);
     evaluate.current_dir(root()).arg(script).arg("--out").arg(out()?);
+    if let What::Cones = what {
+        step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
+        evaluate.env("MACULA_ONNXRUNTIME", python::onnxruntime()?);
+        evaluate.arg("--discover").arg(demo::compile_example("discover")?);
+    }
     if full {
         evaluate.arg("--full");
     }
