@@ -581,6 +581,54 @@ fn calls_of_local_functions_are_differentiated() {
     assert_eq!(found[1].as_slice::<f32>().unwrap(), expected);
 }
 
+/// Exporters that do not optimise split into sequences; each form of it is differentiated as parts of the tensor.
+#[test]
+fn sequences_that_a_tensor_is_split_into_are_differentiated() {
+    let ints = |name: &str, dims: &[usize], values: &[i64]| {
+        node("Constant", [], [name]).with("value", build::tensor_i64("", dims, values))
+    };
+    let split = |size: &str, name: &str| node("SplitToSequence", ["x", size], [name]).with("axis", 1);
+    let each = |axis: i64, keepdims: i64, name: &str| {
+        node("SplitToSequence", ["x"], [name]).with("axis", axis).with("keepdims", keepdims)
+    };
+    let at = |sequence: &str, position: &str, name: &str| node("SequenceAt", [sequence, position], [name]);
+    let nodes = vec![
+        ints("last", &[], &[-1]),
+        ints("zero", &[], &[0]),
+        ints("one", &[], &[1]),
+        ints("two", &[], &[2]),
+        ints("sizes", &[2], &[1, 2]),
+        split("sizes", "by_sizes"),
+        at("by_sizes", "last", "a"),
+        at("by_sizes", "zero", "b"),
+        split("two", "by_two"),
+        at("by_two", "zero", "c"),
+        at("by_two", "one", "d"),
+        each(-1, 1, "columns"),
+        at("columns", "two", "e"),
+        each(0, 0, "rows"),
+        at("rows", "one", "f"),
+        node("Concat", ["a", "b"], ["ab"]).with("axis", 1),
+        node("Concat", ["c", "d"], ["cd"]).with("axis", 1),
+        node("Mul", ["e", "f"], ["ef"]),
+        node("Sum", ["ab", "cd", "ef"], ["y"]),
+    ];
+    let model = model_of(nodes, &[("", 17)], vec![]);
+    let bench = Bench { runtime: runtime() };
+    let x = Tensor::from_vec(&[2, 3], vec![-2.0f32, -1.0, -0.5, 0.5, 1.0, 2.0]).unwrap();
+    let inputs = vec![("x".to_owned(), x)];
+    let whole = bench.run(&model, &["y".into()], &inputs).unwrap();
+    let facts = bench.facts(&model, &["x"], "y", std::slice::from_ref(&inputs)).unwrap();
+    let gradient = grad::vjp(&model, &facts, &["x"], "y", Effort::Speed).unwrap();
+    let ones = Tensor::from_vec(&[2, 3], vec![1.0f32; 6]).unwrap();
+    let outputs = ["y".to_owned(), gradient.gradients[0].clone()];
+    let inputs = [inputs, vec![(gradient.cotangent.clone(), ones)]].concat();
+    let found = bench.run(&gradient.model, &outputs, &inputs).unwrap();
+    assert_eq!(found[0].as_slice::<f32>().unwrap(), whole[0].as_slice::<f32>().unwrap());
+    // Two of each number, and the sums of row 1 (3.5) in column 2 and of column 2 (1.5) in row 1.
+    assert_eq!(found[1].as_slice::<f32>().unwrap(), [2.0, 2.0, 5.5, 3.5, 3.5, 7.0]);
+}
+
 /// A residual chain of `layers` without node names, the form with most names to choose.
 fn chain(layers: usize) -> Model {
     let mut nodes = Vec::new();

@@ -163,12 +163,12 @@ fn stable_diffusion_1() {
 
 #[test]
 fn stable_diffusion_2() {
-    all_agree(&["sd2-torchscript17", "sd2-dynamo18", "sd2-optimum"], 1e-4);
+    all_agree(&["sd2-torchscript17", "sd2-dynamo18", "sd2-dynamo23", "sd2-optimum"], 1e-4);
 }
 
 #[test]
 fn stable_diffusion_xl() {
-    all_agree(&["sdxl-shallow-torchscript17", "sdxl-shallow-dynamo18"], 1e-4);
+    all_agree(&["sdxl-shallow-torchscript17", "sdxl-shallow-dynamo18", "sdxl-shallow-dynamo20"], 1e-4);
 }
 
 #[test]

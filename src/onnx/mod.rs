@@ -11,6 +11,7 @@ pub mod graph;
 pub mod inline;
 pub mod limits;
 pub mod model;
+pub mod plain;
 #[allow(missing_docs, clippy::all)]
 pub mod proto;
 pub mod save;

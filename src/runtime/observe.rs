@@ -6,7 +6,7 @@ use super::{Runtime, SessionOptions, Tensor};
 use crate::error::{Error, Result};
 use crate::onnx::build::{self, node};
 use crate::onnx::grad::{Observation, Questions};
-use crate::onnx::inline::inlined;
+use crate::onnx::plain::plain;
 use crate::onnx::{DataType, Model};
 use crate::progress::CancelToken;
 
@@ -22,7 +22,7 @@ pub fn observe(
     options: &SessionOptions,
     cancel: &CancelToken,
 ) -> Result<Observation> {
-    let mut asking = inlined(model)?.into_owned();
+    let mut asking = plain(model)?.into_owned();
     let (sizes, numbers) = asking.edit(|edit| {
         edit.graph_mut().output.clear();
         let mut ask = |op_type: &str, values: &BTreeSet<String>| {

@@ -8,8 +8,8 @@ use super::path::Path;
 use super::rules;
 use crate::error::{Error, Result};
 use crate::onnx::graph::Topology;
-use crate::onnx::inline::inlined;
 use crate::onnx::model::Model;
+use crate::onnx::plain::plain;
 use crate::onnx::proto::tensor_proto::DataType;
 
 /// What has to be observed in runs of a model before it can be differentiated.
@@ -122,12 +122,12 @@ impl Facts {
     }
 }
 
-/// What must be observed before the gradient of `output` with respect to `wrt` can be written: in runs of the model, or,
-/// if it has functions of its own, of the [`inlined`] model.
+/// What must be observed before the gradient of `output` with respect to `wrt` can be written: in runs of the
+/// [`plain`] model.
 ///
 /// Errors: as [`super::vjp`].
 pub fn questions(model: &Model, wrt: &[&str], output: &str) -> Result<Questions> {
-    let model = &*inlined(model)?;
+    let model = &*plain(model)?;
     let topology = Topology::new(model.graph());
     let path = Path::new(model, &topology, wrt, output)?;
     let mut asked = Questions::default();

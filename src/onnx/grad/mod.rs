@@ -1,9 +1,9 @@
 //! The gradient of an ONNX model is an ONNX model: reverse-mode differentiation by appended standard operators.
 //!
-//! [`questions`] tells what must be observed in a run of the model (of the [`inlined`] one, if it has functions),
-//! [`Facts`] takes the answers, and [`vjp`] appends the backward graph. One rule a kind of operator, in `rules/`, writes the cotangents of a node's inputs from those of its
-//! outputs. Rules emit only operators that have rules, so a gradient can be differentiated again: a Jacobian-vector
-//! product is a sweep over a sweep ([`jvp`]). Gradients of fp16 and bf16 models are computed in f32.
+//! [`questions`] tells what must be observed in a run of the [`plain`] model, [`Facts`] takes the answers, and [`vjp`]
+//! appends the backward graph. One rule a kind of operator, in `rules/`, writes the cotangents of a node's inputs from
+//! those of its outputs. Rules emit only operators that have rules, so a gradient can be differentiated again: a
+//! Jacobian-vector product is a sweep over a sweep ([`jvp`]). Gradients of fp16 and bf16 models are computed in f32.
 
 mod expr;
 mod facts;
@@ -23,8 +23,8 @@ use path::Path;
 use site::{Site, Sweep, describe};
 
 use super::build::{self, Dim, Names};
-use super::inline::inlined;
 use super::model::Model;
+use super::plain::plain;
 use super::proto::tensor_proto::DataType;
 use crate::error::{Error, Result};
 
@@ -56,7 +56,7 @@ pub struct Gradient {
 /// is not of floating point, if the output does not depend on it, or if `facts` lacks something;
 /// [`crate::Status::Unsupported`] for an operator without a rule, named with its node and operator set.
 pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Effort) -> Result<Gradient> {
-    let model = &*inlined(model)?;
+    let model = &*plain(model)?;
     let opset = model.opset("").unwrap_or_default();
     if opset < 13 {
         return Err(Error::unsupported(format!(
