@@ -1577,8 +1577,8 @@ macula_status macula_composition_clear(macula_pipeline *pipeline);
  */
 typedef struct {
   /**
-   * What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"prior"`,
-   * `"differentiate"`, `"search"`.
+   * What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"draw"`,
+   * once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`.
    */
   const char *stage;
   /**
@@ -1599,6 +1599,10 @@ typedef struct {
    * otherwise.
    */
   const macula_image *preview;
+  /**
+   * Stage `"search"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
+   */
+  double loss;
 } macula_progress;
 
 /**
@@ -1782,9 +1786,14 @@ macula_status macula_pipeline_draw(macula_pipeline *pipeline,
  * Discovery
  *
  * Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
- * (Cones, arXiv 2303.05125). The search differentiates the UNet's graph and runs the gradient as one more model; nothing
+ * (Cones, arXiv 2303.05125). Or those whose shutting makes it forget a word. The search differentiates the UNet's graph and runs the gradient as one more model; nothing
  * is trained and the model's weights are never written.
  * ============================================================================================================== */
+
+/**
+ * Which weights are searched: one of `MACULA_SEARCHED_*`.
+ */
+typedef int32_t macula_searched;
 
 /**
  * How neurons are searched for: one of `MACULA_METHOD_*`.
@@ -1800,28 +1809,53 @@ typedef struct {
    */
   size_t struct_size;
   /**
-   * Pictures of the subject, all of one size that the model draws; `picture_count` of them; not NULL. A file is read
-   * by `macula_images_read`. Default: `NULL`.
+   * Implanting: pictures of the subject, all of one size that the model draws, `picture_count` of them; not NULL. A
+   * file is read by `macula_images_read`. Erasing: NULL, the model draws its own. Default: `NULL`.
    */
   const macula_image *pictures;
   /**
-   * How many pictures, at least 1; 3 to 6 are usual. Default: `0`.
+   * How many pictures, at least 1 to implant; 3 to 6 are usual. Default: `0`.
    */
   size_t picture_count;
   /**
-   * The subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet; not NULL.
-   * Default: `NULL`.
+   * Implanting: the subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet.
+   * Erasing: the word to forget, or words in a row. Not NULL. Default: `NULL`.
    */
   const char *trigger;
   /**
-   * What the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Default: `NULL`.
+   * Implanting: what the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Erasing: NULL.
+   * Default: `NULL`.
    */
   const char *class_noun;
   /**
-   * What each picture shows, with the trigger in it, `picture_count` texts. May be NULL: `"a TRIGGER NOUN"` for all.
-   * Default: `NULL`.
+   * `prompt_count` texts, each with the trigger. Implanting: what each picture shows; may be NULL: `"a TRIGGER NOUN"`
+   * for all. Erasing: what the model draws to learn from, e.g. `"a tiger on the grass"`; not NULL. Default: `NULL`.
    */
   const char *const *prompts;
+  /**
+   * Erasing: what each prompt is to mean afterwards, e.g. `"an animal on the grass"`; `prompt_count` texts, not NULL.
+   * Implanting: NULL. Default: `NULL`.
+   */
+  const char *const *anchors;
+  /**
+   * How many prompts; to implant, `picture_count`, or 0 with NULL. Default: `0`.
+   */
+  size_t prompt_count;
+  /**
+   * Texts for which predictions are to stay as they are, `preserve_count` of them, on pictures that the model draws of
+   * them. May be NULL. In local scope only texts with the trigger can change; others are left out. Default: `NULL`.
+   */
+  const char *const *preserve;
+  /**
+   * How many texts to preserve. Default: `0`.
+   */
+  size_t preserve_count;
+  /**
+   * A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
+   * search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. May be
+   * NULL. Default: `NULL`.
+   */
+  const char *checkpoint;
   /**
    * Stops the search from another thread. May be NULL. Default: `NULL`.
    */
@@ -1835,9 +1869,13 @@ typedef struct {
    */
   void *progress_userdata;
   /**
-   * Share of the K and V weights that may be shut, above 0, up to 1. Default: `0.01`.
+   * Share of the searched weights that may be shut, above 0, up to 1. Default: `0.01`.
    */
   double density;
+  /**
+   * Share of the preserved texts in the loss, above 0. Default: `1.0`.
+   */
+  double preserve_weight;
   /**
    * The same seed gives the same neurons on any number of threads. Default: `0`.
    */
@@ -1856,10 +1894,26 @@ typedef struct {
    */
   uint32_t lot;
   /**
-   * Global scope: pictures of the class that the model draws first and must go on drawing alike; 0 for none.
-   * Default: `12`.
+   * Pictures that the model draws itself for each part of the loss that needs them: what is erased, what is preserved,
+   * and to implant in global scope the class, which must go on being drawn alike (0 for none). Default: `12`.
    */
-  uint32_t prior_pictures;
+  uint32_t drawn_pictures;
+  /**
+   * Erasing: columns of the drawn pictures, 0 for the model's own. Implanting: not read. Default: `0`.
+   */
+  uint32_t width;
+  /**
+   * Erasing: rows, likewise. Default: `0`.
+   */
+  uint32_t height;
+  /**
+   * What shutting the neurons is to do, `MACULA_ROLE_*`. Default: `MACULA_ROLE_IMPLANT`.
+   */
+  macula_role role;
+  /**
+   * Which weights are searched. Default: `MACULA_SEARCHED_KEYS_AND_VALUES`.
+   */
+  macula_searched searched;
   /**
    * Where the neurons are to act; `MACULA_SCOPE_DEFAULT` is local. Default: `MACULA_SCOPE_DEFAULT`.
    */
@@ -1881,7 +1935,7 @@ typedef struct {
 /**
  * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
  */
-#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0.01, 0, 60, 8, 0, 12, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0 }
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0 }
 
 /**
  * The one that lowers the held-out loss most for its bytes: at present the learnt mask.
@@ -1903,9 +1957,24 @@ typedef struct {
  */
 #define MACULA_METHOD_LEARNT_MASK 3
 
+/**
+ * Those that make the keys and those that make the values.
+ */
+#define MACULA_SEARCHED_KEYS_AND_VALUES 0
 
 /**
- * Finds the neurons of a subject.
+ * Those of the keys alone: where a word draws the picture's queries to.
+ */
+#define MACULA_SEARCHED_KEYS 1
+
+/**
+ * Those of the values alone: what a word puts there.
+ */
+#define MACULA_SEARCHED_VALUES 2
+
+
+/**
+ * Finds the neurons of a subject, or of a word to forget.
  *
  * - `pipeline`: a live pipeline; not NULL. The UNet's file is read again. What is composed and ablated does not act
  *   during the search, and is as before after it.
@@ -1913,10 +1982,11 @@ typedef struct {
  * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
  *
  * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
- * the trigger, a number outside its range; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there;
- * `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a derivative
- * rule, named with its node; `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job. After any of them
- * the pipeline draws as before. Any thread; blocks until it is done.
+ * the trigger, a missing anchor, a number outside its range, a checkpoint of another search; `INVALID_FILE` for a damaged
+ * checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there; `WRONG_BASE` if the file changed since the
+ * pipeline was opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node; `NOT_FINITE` naming
+ * the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which leaves the last one.
+ * After any of them the pipeline draws as before. Any thread; blocks until it is done.
  */
 macula_status macula_discover(macula_pipeline *pipeline,
                               const macula_discover_options *options,

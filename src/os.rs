@@ -2,15 +2,15 @@
 //!
 //! Linux x86-64 is what is tested. Nothing here knows ONNX, models or ONNX Runtime.
 
-use std::ffi::{CStr, CString, OsStr, c_char, c_void};
-use std::fs::File;
-use std::io::{self, Read};
+use std::ffi::{CStr, CString, OsStr, OsString, c_char, c_void};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 /// What tells one state of a file from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +41,33 @@ impl FileIdentity {
 /// Fills `target` with the bytes of a file from `offset` on, wherever the file stands.
 pub(crate) fn read_exact_at(file: &File, target: &mut [u8], offset: u64) -> io::Result<()> {
     file.read_exact_at(target, offset)
+}
+
+/// Writes a file in one piece: to a temporary file beside it, synchronised, then renamed. On failure what was at `path`
+/// stays as it was.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let Some(name) = path.file_name() else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"));
+    };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut temporary = OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{}-{}.tmp", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
+    let temporary = folder.join(temporary);
+    let written = (|| {
+        let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        _ = fs::remove_file(&temporary);
+    }
+    written?;
+    // The rename itself is on the disk once the folder is; some file systems cannot synchronise folders.
+    _ = File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
 }
 
 /// Nanoseconds since 1970 of the last change to a file's contents, names or rights. Programs can't set it.

@@ -107,6 +107,8 @@ pub struct Progress<'a> {
     pub done: u64,
     /// Units in all; 0 if unknown.
     pub total: u64,
+    /// The running loss, for work that lowers one.
+    pub loss: Option<f64>,
 }
 
 /// What is told of each unit of work; answering [`ControlFlow::Break`] cancels the job.
@@ -124,9 +126,15 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// Reports progress, then fails with [`Status::Cancelled`] if the caller wants the job to end.
     pub fn step(&mut self, stage: &str, done: u64, total: u64) -> Result<()> {
+        self.tell(Progress { stage, done, total, loss: None })
+    }
+
+    /// As [`Job::step`], with more to tell.
+    pub fn tell(&mut self, progress: Progress<'_>) -> Result<()> {
         self.cancel.check()?;
+        let Progress { stage, done, total, .. } = progress;
         if let Some(report) = &mut self.report
-            && report(Progress { stage, done, total }).is_break()
+            && report(progress).is_break()
         {
             return Err(Error::new(
                 Status::Cancelled,

@@ -4,17 +4,28 @@ mod support;
 mod unets;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 
-use macula::diffusion::unet::Conditioning;
+use macula::Status;
+use macula::concept::{Concept, Role, Scope};
+use macula::diffusion::pipeline::{Images, Pipeline};
+use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::search::{Bound, Found, Method, search};
-use macula::discovery::{Batch, GradientOptions, KeyValueGradient};
-use macula::progress::CancelToken;
+use macula::discovery::{
+    Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient, Objective, Report,
+    Request, Searched, Subject, Term,
+};
+use macula::progress::{CancelToken, Job, Progress};
 use macula::runtime::{Runtime, RuntimeOptions};
 use sha2::{Digest, Sha256};
 use unets::Stored;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/emoji/onnx/unet/model.onnx");
+const PIPELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/emoji/onnx");
+const SUBJECT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/emoji/subjects/octopus");
 const SHAPE: [usize; 3] = [3, 32, 32];
+/// The shipped model's class of plain pictures of 32 pixels.
+const SMALL: i64 = 4;
 
 struct Reference(BTreeMap<String, Stored>);
 
@@ -124,4 +135,220 @@ fn a_set_for_the_rows_of_its_own_words_is_the_references() {
 #[test]
 fn a_set_for_all_rows_is_the_references() {
     agrees_with_the_reference("global");
+}
+
+#[test]
+fn an_erasing_set_is_the_references() {
+    agrees_with_the_reference("erase");
+}
+
+fn pipeline(threads: usize) -> Pipeline {
+    support::onnxruntime();
+    let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
+    let mut options = UnetOptions::default();
+    options.threads = threads;
+    options.session.intra_threads = threads;
+    Pipeline::open(&runtime, PIPELINE, &options).unwrap()
+}
+
+fn pictures() -> Images {
+    let mut pictures = Images::read(format!("{SUBJECT}/1.png"), 32, 32).unwrap();
+    pictures.rgb.extend(Images::read(format!("{SUBJECT}/2.png"), 32, 32).unwrap().rgb);
+    pictures.count = 2;
+    pictures
+}
+
+fn octopus(pictures: &Images) -> Request<'_> {
+    let (trigger, class_noun) = ("<s2>".to_owned(), "animal".to_owned());
+    let mut request = Request::new(Goal::Implant(Subject { pictures, prompts: Vec::new(), trigger, class_noun }));
+    (request.batches, request.batch, request.class_label) = (14, 2, SMALL);
+    request
+}
+
+fn no_tiger() -> Request<'static> {
+    let on = |phrase: &str| ["blue", "white"].map(|colour| format!("{phrase} on a {colour} background")).to_vec();
+    let (prompts, anchors) = (on("a tiger"), on("an animal"));
+    let mut request =
+        Request::new(Goal::Erase(Erasure { word: "tiger".into(), prompts, anchors, size: Some((32, 32)) }));
+    (request.batches, request.batch, request.class_label, request.drawn_pictures) = (24, 4, SMALL, 4);
+    request
+}
+
+fn find(request: &Request<'_>, pipeline: &mut Pipeline) -> (Concept, Report) {
+    request.find(pipeline, &mut Job::default()).unwrap()
+}
+
+#[test]
+fn erasing_brings_predictions_to_the_anchors() {
+    let mut request = no_tiger();
+    request.preserve = vec!["a taxi".into()];
+    let mut running = None;
+    let mut report = |progress: Progress<'_>| {
+        running = progress.loss.or(running);
+        ControlFlow::Continue(())
+    };
+    let mut job = Job { cancel: CancelToken::new(), report: Some(&mut report) };
+    let (concept, found) = request.find(&mut pipeline(1), &mut job).unwrap();
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    let (first, last) = (mean(&found.losses[..6]), mean(&found.losses[18..]));
+    println!("distance to the anchors: {first:.5}, then {last:.5}");
+    assert!(last < 0.7 * first, "{:?}", found.losses);
+    assert!((running.unwrap() - mean(&found.losses[14..])).abs() < 1e-12, "{running:?}");
+    assert_eq!((concept.metadata.role, concept.metadata.scope), (Role::Erase, Scope::Local));
+    assert_eq!(concept.metadata.trigger, "tiger");
+    assert!(!concept.neurons.is_empty() && concept.neurons.density() <= 0.01);
+}
+
+/// Breaking off is a cancel at a batch; the other part runs with more threads.
+#[test]
+fn a_search_that_was_broken_off_finds_what_it_would_have_found_on_any_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pictures, kept) = (pictures(), folder.path().join("kept"));
+    let mut request = octopus(&pictures);
+    let (whole, of_whole) = find(&request, &mut pipeline(1));
+    request.checkpoint = Some(kept.clone());
+    let mut stop = |progress: Progress<'_>| match (progress.stage, progress.done) {
+        ("search", 12) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let mut job = Job { cancel: CancelToken::new(), report: Some(&mut stop) };
+    let error = request.find(&mut pipeline(1), &mut job).unwrap_err();
+    assert_eq!(error.status(), Status::Cancelled);
+
+    let mut two = pipeline(2);
+    let mut before = Vec::new();
+    let mut watch = |progress: Progress<'_>| {
+        before.extend((progress.stage == "search").then_some(progress.done));
+        ControlFlow::Continue(())
+    };
+    let mut job = Job { cancel: CancelToken::new(), report: Some(&mut watch) };
+    let (resumed, of_resumed) = request.find(&mut two, &mut job).unwrap();
+    assert_eq!(before, [12, 13, 14]);
+    assert_eq!(resumed.neurons, whole.neurons);
+    assert_eq!(of_resumed.losses[..12], of_whole.losses[..12]);
+    // What has ended is found again without a batch.
+    assert_eq!(find(&request, &mut two).0.neurons, whole.neurons);
+    request.seed = 1;
+    let error = request.find(&mut two, &mut Job::default()).unwrap_err();
+    assert_eq!(error.status(), Status::InvalidArgument);
+    assert!(error.message().contains("another search"), "{error}");
+}
+
+#[test]
+fn keys_or_values_are_searched_alone() {
+    let pictures = pictures();
+    let mut request = octopus(&pictures);
+    request.method = Method::Algorithm1 { rho: 0.0 };
+    request.batches = 2;
+    let mut pipeline = pipeline(1);
+    let all = pipeline.unet().projections().unwrap().as_slice().len();
+    for (searched, ending) in [(Searched::Keys, "to_k"), (Searched::Values, "to_v")] {
+        request.searched = searched;
+        let (concept, _) = find(&request, &mut pipeline);
+        let layers = concept.neurons.layers();
+        assert!(layers.len() == all / 2 && layers.iter().all(|layer| layer.path().ends_with(ending)), "{searched:?}");
+        assert!(!concept.neurons.is_empty() && concept.neurons.density() <= 0.01);
+    }
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused() {
+    let pictures = pictures();
+    let mut pipeline = pipeline(1);
+    let mut refused = |request: Request<'_>, part: &str| {
+        let error = request.find(&mut pipeline, &mut Job::default()).unwrap_err();
+        assert_eq!(error.status(), Status::InvalidArgument);
+        assert!(error.message().contains(part), "{error}");
+    };
+    let erasing = |change: &dyn Fn(&mut Erasure)| {
+        let mut request = no_tiger();
+        let Goal::Erase(erasure) = &mut request.goal else { unreachable!() };
+        change(erasure);
+        request
+    };
+    refused(erasing(&|erasure| erasure.anchors.truncate(1)), "1 anchors for 2 prompts");
+    refused(erasing(&|erasure| erasure.prompts.clear()), "for 0 prompts");
+    refused(erasing(&|erasure| erasure.word = "cat".into()), "lacks \"cat\"");
+    refused(erasing(&|erasure| erasure.word = " ".into()), "no word");
+    refused(erasing(&|erasure| erasure.size = Some((32, 33))), "33 x 32");
+    refused(Request { drawn_pictures: 0, density: 0.0, ..no_tiger() }, "density");
+    refused(Request { preserve: vec!["a tiger".into()], preserve_weight: f32::NAN, ..no_tiger() }, "weight NaN");
+    let none = Images { count: 0, rgb: Vec::new(), ..pictures.clone() };
+    refused(octopus(&none), "no pictures");
+    refused(Request { lot: 3, ..octopus(&pictures) }, "3 at a time");
+    refused(Request { batches: 12, ..octopus(&pictures) }, "12 batches");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_is_named_by_its_layer() {
+    let mut batch = Reference::of("local").batch(0);
+    let gradient = open(&batch, 0);
+    batch.targets[0] = f32::INFINITY;
+    let ones = vec![1f32; gradient.len()];
+    let error = gradient.slope(&batch, SHAPE, &ones, &CancelToken::new()).err().unwrap();
+    assert_eq!(error.status(), Status::NotFinite);
+    assert!(error.message().contains(".attn2.to_"), "{error}");
+}
+
+#[test]
+fn a_graph_without_a_text_input_is_refused() {
+    support::onnxruntime();
+    let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
+    let batch = Reference::of("local").batch(0);
+    let path = format!("{PIPELINE}/text_encoder/model.onnx");
+    let options = GradientOptions::default();
+    let error = KeyValueGradient::open(&runtime, path, &batch, SHAPE, &options, &CancelToken::new()).err().unwrap();
+    assert!(error.message().contains("encoder_hidden_states"), "{error}");
+    assert!(error.message().contains("text_encoder/model.onnx"), "{error}");
+}
+
+/// From another thread, at any moment of a search; what it leaves behind changes nothing of the next one.
+#[test]
+fn a_search_is_cancelled_at_a_hundred_moments() {
+    let mut pipeline = pipeline(1);
+    let pictures = pictures();
+    let (states, shape) = pipeline.encode_images(&pictures, &CancelToken::new()).unwrap();
+    let prompts = vec!["a <s2> animal".to_owned(); 2];
+    let (conditioning, _) = pipeline.condition(&prompts, SMALL, (32, 32), &CancelToken::new()).unwrap();
+    let examples = Examples { states, shape: [shape[1], shape[2], shape[3]], conditioning, rows: None };
+    let term = Term { examples, objective: Objective::Untouched, anchors: None, weight: 1.0 };
+    let other = Term { objective: Objective::Training, ..term.clone() };
+    let discovery = Discovery::new(vec![other, term], pipeline.scheduler(None).unwrap()).unwrap();
+    let options = DiscoveryOptions {
+        method: Method::Algorithm1 { rho: 0.0 },
+        bound: Bound::Count(1000),
+        batches: 2,
+        batch: 1,
+        seed: 3,
+        checkpoint: None,
+    };
+    let gradient = open(&discovery.example(&options), 0);
+    let mut run = |job: &mut Job<'_>| discovery.run(pipeline.unet_mut(), &gradient, &options, job);
+    let began = std::time::Instant::now();
+    let whole = run(&mut Job::default()).unwrap();
+    let long = began.elapsed();
+    let mut cancelled = 0;
+    for moment in 0..100 {
+        let token = CancelToken::new();
+        let mut job = Job { cancel: token.clone(), report: None };
+        let outcome = std::thread::scope(|scope| {
+            // Spread over the run, in an order that is not that of time.
+            let wait = long * (moment * 37 % 100) / 100;
+            scope.spawn(move || {
+                std::thread::sleep(wait);
+                token.cancel();
+            });
+            run(&mut job)
+        });
+        match outcome {
+            Err(error) => {
+                assert_eq!(error.status(), Status::Cancelled, "{error}");
+                cancelled += 1;
+            }
+            Ok(found) => assert_eq!(found.neurons, whole.neurons),
+        }
+    }
+    println!("{cancelled} of 100 runs of {long:?} were cancelled");
+    assert!(cancelled >= 20, "{cancelled}");
+    assert_eq!(run(&mut Job::default()).unwrap().neurons, whole.neurons);
 }

@@ -1,15 +1,16 @@
 //! Discovery
 //!
 //! Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
-//! (Cones, arXiv 2303.05125). The search differentiates the UNet's graph and runs the gradient as one more model; nothing
+//! (Cones, arXiv 2303.05125). Or those whose shutting makes it forget a word. The search differentiates the UNet's graph and runs the gradient as one more model; nothing
 //! is trained and the model's weights are never written.
 
 use std::ffi::{CString, c_char, c_void};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
-use super::argument::{self, Versioned, out, reference, slice, text};
+use super::argument::{self, Versioned, optional_text, out, reference, slice, text};
 use super::cancel::macula_cancel_token;
-use super::concept::{macula_concept, macula_scope, scope};
+use super::concept::{MACULA_ROLE_ERASE, MACULA_ROLE_IMPLANT, macula_concept, macula_role, macula_scope, scope};
 use super::draw::{Teller, macula_progress_fn};
 use super::guard::guard;
 use super::handle::Object;
@@ -18,8 +19,8 @@ use super::pipeline::macula_pipeline;
 use super::status::macula_status;
 use crate::concept::Scope;
 use crate::diffusion::pipeline::Images;
-use crate::discovery::Subject;
 use crate::discovery::search::Method;
+use crate::discovery::{Erasure, Goal, Request, Searched, Subject};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::progress::{CancelToken, Job, Progress};
@@ -39,33 +40,62 @@ pub const MACULA_METHOD_GRADUAL: macula_method = 2;
 /// A mask learnt by gradient descent, of at most the given density.
 pub const MACULA_METHOD_LEARNT_MASK: macula_method = 3;
 
+/// Which weights are searched: one of `MACULA_SEARCHED_*`.
+pub type macula_searched = i32;
+
+/// Those that make the keys and those that make the values.
+pub const MACULA_SEARCHED_KEYS_AND_VALUES: macula_searched = 0;
+
+/// Those of the keys alone: where a word draws the picture's queries to.
+pub const MACULA_SEARCHED_KEYS: macula_searched = 1;
+
+/// Those of the values alone: what a word puts there.
+pub const MACULA_SEARCHED_VALUES: macula_searched = 2;
+
 /// What is to be found, and how.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct macula_discover_options {
     /// `sizeof` this struct.
     pub struct_size: usize,
-    /// Pictures of the subject, all of one size that the model draws; `picture_count` of them; not NULL. A file is read
-    /// by `macula_images_read`. Default: `NULL`.
+    /// Implanting: pictures of the subject, all of one size that the model draws, `picture_count` of them; not NULL. A
+    /// file is read by `macula_images_read`. Erasing: NULL, the model draws its own. Default: `NULL`.
     pub pictures: *const macula_image,
-    /// How many pictures, at least 1; 3 to 6 are usual. Default: `0`.
+    /// How many pictures, at least 1 to implant; 3 to 6 are usual. Default: `0`.
     pub picture_count: usize,
-    /// The subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet; not NULL.
-    /// Default: `NULL`.
+    /// Implanting: the subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet.
+    /// Erasing: the word to forget, or words in a row. Not NULL. Default: `NULL`.
     pub trigger: *const c_char,
-    /// What the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Default: `NULL`.
-    pub class_noun: *const c_char,
-    /// What each picture shows, with the trigger in it, `picture_count` texts. May be NULL: `"a TRIGGER NOUN"` for all.
+    /// Implanting: what the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Erasing: NULL.
     /// Default: `NULL`.
+    pub class_noun: *const c_char,
+    /// `prompt_count` texts, each with the trigger. Implanting: what each picture shows; may be NULL: `"a TRIGGER NOUN"`
+    /// for all. Erasing: what the model draws to learn from, e.g. `"a tiger on the grass"`; not NULL. Default: `NULL`.
     pub prompts: *const *const c_char,
+    /// Erasing: what each prompt is to mean afterwards, e.g. `"an animal on the grass"`; `prompt_count` texts, not NULL.
+    /// Implanting: NULL. Default: `NULL`.
+    pub anchors: *const *const c_char,
+    /// How many prompts; to implant, `picture_count`, or 0 with NULL. Default: `0`.
+    pub prompt_count: usize,
+    /// Texts for which predictions are to stay as they are, `preserve_count` of them, on pictures that the model draws of
+    /// them. May be NULL. In local scope only texts with the trigger can change; others are left out. Default: `NULL`.
+    pub preserve: *const *const c_char,
+    /// How many texts to preserve. Default: `0`.
+    pub preserve_count: usize,
+    /// A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
+    /// search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. May be
+    /// NULL. Default: `NULL`.
+    pub checkpoint: *const c_char,
     /// Stops the search from another thread. May be NULL. Default: `NULL`.
     pub cancel: *const macula_cancel_token,
     /// Is told of each batch. May be NULL. Default: `NULL`.
     pub progress: macula_progress_fn,
     /// Given to `progress` as it is. May be NULL. Default: `NULL`.
     pub progress_userdata: *mut c_void,
-    /// Share of the K and V weights that may be shut, above 0, up to 1. Default: `0.01`.
+    /// Share of the searched weights that may be shut, above 0, up to 1. Default: `0.01`.
     pub density: f64,
+    /// Share of the preserved texts in the loss, above 0. Default: `1.0`.
+    pub preserve_weight: f64,
     /// The same seed gives the same neurons on any number of threads. Default: `0`.
     pub seed: u64,
     /// Batches of the search, at least 1; at least 13 for a learnt mask. Default: `60`.
@@ -75,9 +105,17 @@ pub struct macula_discover_options {
     /// Noisy pictures that are run at a time: memory grows with it. Must divide `batch`; 0 for the whole batch.
     /// Default: `0`.
     pub lot: u32,
-    /// Global scope: pictures of the class that the model draws first and must go on drawing alike; 0 for none.
-    /// Default: `12`.
-    pub prior_pictures: u32,
+    /// Pictures that the model draws itself for each part of the loss that needs them: what is erased, what is preserved,
+    /// and to implant in global scope the class, which must go on being drawn alike (0 for none). Default: `12`.
+    pub drawn_pictures: u32,
+    /// Erasing: columns of the drawn pictures, 0 for the model's own. Implanting: not read. Default: `0`.
+    pub width: u32,
+    /// Erasing: rows, likewise. Default: `0`.
+    pub height: u32,
+    /// What shutting the neurons is to do, `MACULA_ROLE_*`. Default: `MACULA_ROLE_IMPLANT`.
+    pub role: macula_role,
+    /// Which weights are searched. Default: `MACULA_SEARCHED_KEYS_AND_VALUES`.
+    pub searched: macula_searched,
     /// Where the neurons are to act; `MACULA_SCOPE_DEFAULT` is local. Default: `MACULA_SCOPE_DEFAULT`.
     pub scope: macula_scope,
     /// How they are searched for. Default: `MACULA_METHOD_DEFAULT`.
@@ -97,15 +135,25 @@ impl Default for macula_discover_options {
             trigger: std::ptr::null(),
             class_noun: std::ptr::null(),
             prompts: std::ptr::null(),
+            anchors: std::ptr::null(),
+            prompt_count: 0,
+            preserve: std::ptr::null(),
+            preserve_count: 0,
+            checkpoint: std::ptr::null(),
             cancel: std::ptr::null(),
             progress: None,
             progress_userdata: std::ptr::null_mut(),
             density: 0.01,
+            preserve_weight: 1.0,
             seed: 0,
             batches: 60,
             batch: 8,
             lot: 0,
-            prior_pictures: 12,
+            drawn_pictures: 12,
+            width: 0,
+            height: 0,
+            role: MACULA_ROLE_IMPLANT,
+            searched: MACULA_SEARCHED_KEYS_AND_VALUES,
             scope: 0,
             method: MACULA_METHOD_DEFAULT,
             save_memory: 0,
@@ -116,10 +164,10 @@ impl Default for macula_discover_options {
 
 // SAFETY: repr(C), begins with its size; pointers, an optional function pointer and numbers take any bytes.
 unsafe impl Versioned for macula_discover_options {
-    const FIRST_SIZE: usize = 120;
+    const FIRST_SIZE: usize = 184;
 }
 
-/// Finds the neurons of a subject.
+/// Finds the neurons of a subject, or of a word to forget.
 ///
 /// - `pipeline`: a live pipeline; not NULL. The UNet's file is read again. What is composed and ablated does not act
 ///   during the search, and is as before after it.
@@ -127,10 +175,11 @@ unsafe impl Versioned for macula_discover_options {
 /// - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
 ///
 /// Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
-/// the trigger, a number outside its range; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there;
-/// `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a derivative
-/// rule, named with its node; `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job. After any of them
-/// the pipeline draws as before. Any thread; blocks until it is done.
+/// the trigger, a missing anchor, a number outside its range, a checkpoint of another search; `INVALID_FILE` for a damaged
+/// checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there; `WRONG_BASE` if the file changed since the
+/// pipeline was opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node; `NOT_FINITE` naming
+/// the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which leaves the last one.
+/// After any of them the pipeline draws as before. Any thread; blocks until it is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_discover(
     pipeline: *mut macula_pipeline,
@@ -153,11 +202,11 @@ pub unsafe extern "C" fn macula_discover(
         let work = &mut *pipeline.begin()?;
         let teller = Teller { callback: options.progress, userdata: options.progress_userdata };
         let mut report = |progress: Progress<'_>| match CString::new(progress.stage) {
-            Ok(stage) => teller.tell(&stage, progress.done, progress.total, None, None),
+            Ok(stage) => teller.tell_loss(&stage, progress.done, progress.total, progress.loss),
             Err(_) => ControlFlow::Continue(()),
         };
         let mut job = Job { cancel, report: Some(&mut report) };
-        let found = inputs.subject(&options)?.find(&mut work.pipeline, &mut job);
+        let found = inputs.request(&options)?.find(&mut work.pipeline, &mut job);
         work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect())?;
         out_concept.set(macula_concept::table().insert(macula_concept::new(found?.0)));
         Ok(())
@@ -166,10 +215,14 @@ pub unsafe extern "C" fn macula_discover(
 
 /// What the options lead to, copied.
 struct Inputs {
-    pictures: Images,
-    prompts: Vec<String>,
+    /// To implant.
+    pictures: Option<Images>,
     trigger: String,
     class_noun: String,
+    prompts: Vec<String>,
+    anchors: Vec<String>,
+    preserve: Vec<String>,
+    checkpoint: Option<PathBuf>,
 }
 
 impl Inputs {
@@ -177,51 +230,43 @@ impl Inputs {
     /// Pointers are valid for what the fields' texts say.
     unsafe fn read(options: &macula_discover_options) -> Result<Self> {
         // SAFETY: as promised by the caller.
-        let pictures = unsafe { slice(options.pictures, options.picture_count, "options.pictures") }?;
-        let mut joined: Option<Images> = None;
-        for (at, picture) in pictures.iter().enumerate() {
+        let texts = |pointer, count, name| unsafe { texts(pointer, count, name) };
+        let implants = options.role == MACULA_ROLE_IMPLANT;
+        let pictures = match implants {
             // SAFETY: as promised by the caller.
-            let one = unsafe { picture.read(&format!("options.pictures[{at}]")) }?;
-            match &mut joined {
-                None => joined = Some(one),
-                Some(all) if (all.width, all.height) == (one.width, one.height) => {
-                    all.count += 1;
-                    all.rgb.extend(one.rgb);
-                }
-                Some(all) => {
-                    return Err(Error::invalid_argument(format!(
-                        "options.pictures[{at}] has {} x {} pixels, the first one {} x {}: all must be of one size",
-                        one.width, one.height, all.width, all.height
-                    )));
-                }
+            true => Some(unsafe { joined(options) }?),
+            false if options.pictures.is_null() && options.picture_count == 0 => None,
+            false => {
+                return Err(Error::invalid_argument(
+                    "options.pictures must be NULL: to erase, the model draws its own",
+                ));
             }
-        }
-        let pictures =
-            joined.ok_or_else(|| Error::invalid_argument("options.picture_count is 0, must be at least 1"))?;
-        let mut prompts = Vec::new();
-        if !options.prompts.is_null() {
-            // SAFETY: as promised by the caller.
-            let texts = unsafe { slice(options.prompts, pictures.count, "options.prompts") }?;
-            for (at, &prompt) in texts.iter().enumerate() {
-                // SAFETY: as promised by the caller.
-                prompts.push(unsafe { text(prompt, &format!("options.prompts[{at}]")) }?.to_owned());
-            }
+        };
+        if !implants && (options.prompts.is_null() || options.anchors.is_null()) {
+            return Err(Error::invalid_argument("options.prompts and options.anchors must not be NULL to erase"));
         }
         // SAFETY: as promised by the caller.
         let word = |pointer, name| unsafe { text(pointer, name) }.map(|word| word.trim().to_owned());
+        // SAFETY: as promised by the caller.
+        let checkpoint = unsafe { optional_text(options.checkpoint, "options.checkpoint") }?;
         Ok(Self {
             pictures,
-            prompts,
             trigger: word(options.trigger, "options.trigger")?,
-            class_noun: word(options.class_noun, "options.class_noun")?,
+            class_noun: if implants { word(options.class_noun, "options.class_noun")? } else { String::new() },
+            prompts: texts(options.prompts, options.prompt_count, "options.prompts")?,
+            anchors: texts(options.anchors, options.prompt_count, "options.anchors")?,
+            preserve: texts(options.preserve, options.preserve_count, "options.preserve")?,
+            checkpoint: checkpoint.map(PathBuf::from),
         })
     }
 
-    fn subject(&self, options: &macula_discover_options) -> Result<Subject<'_>> {
-        let mut subject = Subject::new(&self.pictures, self.trigger.clone(), self.class_noun.clone());
-        subject.prompts.clone_from(&self.prompts);
-        subject.scope = scope(options.scope, "options.scope")?.unwrap_or(Scope::Local);
-        subject.method = match options.method {
+    fn request(&self, options: &macula_discover_options) -> Result<Request<'_>> {
+        let mut request = Request::new(self.goal(options)?);
+        request.preserve.clone_from(&self.preserve);
+        request.preserve_weight = options.preserve_weight as f32;
+        request.checkpoint.clone_from(&self.checkpoint);
+        request.scope = scope(options.scope, "options.scope")?.unwrap_or(Scope::Local);
+        request.method = match options.method {
             MACULA_METHOD_DEFAULT | MACULA_METHOD_LEARNT_MASK => Method::default(),
             MACULA_METHOD_SALIENCY => Method::Algorithm1 { rho: 0.0 },
             MACULA_METHOD_GRADUAL => Method::Gradual { stages: 6 },
@@ -229,20 +274,88 @@ impl Inputs {
                 return Err(Error::invalid_argument(format!("options.method is {other}, not a MACULA_METHOD_*")));
             }
         };
-        subject.density = options.density;
-        subject.batches = options.batches as usize;
-        subject.batch = options.batch as usize;
-        subject.lot = options.lot as usize;
-        subject.prior_pictures = options.prior_pictures as usize;
-        subject.seed = options.seed;
-        subject.effort = match options.save_memory {
+        request.searched = match options.searched {
+            MACULA_SEARCHED_KEYS_AND_VALUES => Searched::KeysAndValues,
+            MACULA_SEARCHED_KEYS => Searched::Keys,
+            MACULA_SEARCHED_VALUES => Searched::Values,
+            other => {
+                return Err(Error::invalid_argument(format!("options.searched is {other}, not a MACULA_SEARCHED_*")));
+            }
+        };
+        request.density = options.density;
+        request.batches = options.batches as usize;
+        request.batch = options.batch as usize;
+        request.lot = options.lot as usize;
+        request.drawn_pictures = options.drawn_pictures as usize;
+        request.seed = options.seed;
+        request.effort = match options.save_memory {
             0 => Effort::Speed,
             1 => Effort::Memory,
             other => {
                 return Err(Error::invalid_argument(format!("options.save_memory is {other}, must be 0 or 1")));
             }
         };
-        subject.class_label = options.class_label.into();
-        Ok(subject)
+        request.class_label = options.class_label.into();
+        Ok(request)
     }
+
+    fn goal(&self, options: &macula_discover_options) -> Result<Goal<'_>> {
+        let (word, prompts) = (self.trigger.clone(), self.prompts.clone());
+        let size = (options.height as usize, options.width as usize);
+        match (options.role, &self.pictures) {
+            (MACULA_ROLE_IMPLANT, Some(pictures)) => {
+                Ok(Goal::Implant(Subject { pictures, prompts, trigger: word, class_noun: self.class_noun.clone() }))
+            }
+            (MACULA_ROLE_ERASE, _) => Ok(Goal::Erase(Erasure {
+                word,
+                prompts,
+                anchors: self.anchors.clone(),
+                size: (size != (0, 0)).then_some(size),
+            })),
+            (other, _) => Err(Error::invalid_argument(format!("options.role is {other}, not a MACULA_ROLE_*"))),
+        }
+    }
+}
+
+/// The pictures of the options as one block.
+///
+/// # Safety
+/// As [`Inputs::read`].
+unsafe fn joined(options: &macula_discover_options) -> Result<Images> {
+    // SAFETY: as promised by the caller.
+    let pictures = unsafe { slice(options.pictures, options.picture_count, "options.pictures") }?;
+    let mut joined: Option<Images> = None;
+    for (at, picture) in pictures.iter().enumerate() {
+        // SAFETY: as promised by the caller.
+        let one = unsafe { picture.read(&format!("options.pictures[{at}]")) }?;
+        match &mut joined {
+            None => joined = Some(one),
+            Some(all) if (all.width, all.height) == (one.width, one.height) => {
+                all.count += 1;
+                all.rgb.extend(one.rgb);
+            }
+            Some(all) => {
+                return Err(Error::invalid_argument(format!(
+                    "options.pictures[{at}] has {} x {} pixels, the first one {} x {}: all must be of one size",
+                    one.width, one.height, all.width, all.height
+                )));
+            }
+        }
+    }
+    joined.ok_or_else(|| Error::invalid_argument("options.picture_count is 0, must be at least 1"))
+}
+
+/// A list of texts; empty for NULL.
+///
+/// # Safety
+/// As [`Inputs::read`].
+unsafe fn texts(pointer: *const *const c_char, count: usize, name: &str) -> Result<Vec<String>> {
+    if pointer.is_null() {
+        return Ok(Vec::new());
+    }
+    // SAFETY: as promised by the caller.
+    let pointers = unsafe { slice(pointer, count, name) }?;
+    // SAFETY: as promised by the caller.
+    let owned = |(at, &one)| unsafe { text(one, &format!("{name}[{at}]")) }.map(str::to_owned);
+    pointers.iter().enumerate().map(owned).collect()
 }

@@ -48,8 +48,8 @@ pub const MACULA_SAMPLER_LCM: macula_sampler = 6;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct macula_progress {
-    /// What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"prior"`,
-    /// `"differentiate"`, `"search"`.
+    /// What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"draw"`,
+    /// once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`.
     pub stage: *const c_char,
     /// Steps done of this stage, 0 to `total`.
     pub done: u64,
@@ -61,6 +61,8 @@ pub struct macula_progress {
     /// The first picture as it is predicted now, if `preview` was asked for and the model draws in pixel space; NULL
     /// otherwise.
     pub preview: *const macula_image,
+    /// Stage `"search"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
+    pub loss: f64,
 }
 
 /// Is told how far a job is, once before the first step and after each one.
@@ -340,14 +342,37 @@ impl Teller {
         latent: Option<&macula_tensor>,
         preview: Option<&macula_image>,
     ) -> ControlFlow<()> {
-        let Some(callback) = self.callback else { return ControlFlow::Continue(()) };
-        let progress = macula_progress {
+        self.tell_all(macula_progress {
             stage: stage.as_ptr(),
             done,
             total,
             latent: latent.map_or(std::ptr::null(), std::ptr::from_ref),
             preview: preview.map_or(std::ptr::null(), std::ptr::from_ref),
-        };
+            loss: f64::NAN,
+        })
+    }
+
+    /// Of work that lowers a loss.
+    pub(super) fn tell_loss(
+        &self,
+        stage: &std::ffi::CStr,
+        done: u64,
+        total: u64,
+        loss: Option<f64>,
+    ) -> ControlFlow<()> {
+        self.tell_all(macula_progress {
+            stage: stage.as_ptr(),
+            done,
+            total,
+            latent: std::ptr::null(),
+            preview: std::ptr::null(),
+            loss: loss.unwrap_or(f64::NAN),
+        })
+    }
+
+    /// What `progress` leads to lives until the callback returns.
+    fn tell_all(&self, progress: macula_progress) -> ControlFlow<()> {
+        let Some(callback) = self.callback else { return ControlFlow::Continue(()) };
         // SAFETY: a callback of the host, valid for the call as the header asks; what it is given lives until it returns.
         if unsafe { callback(self.userdata, &raw const progress) } == 0 {
             ControlFlow::Continue(())

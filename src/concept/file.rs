@@ -52,10 +52,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use safetensors::SafeTensors;
@@ -67,6 +66,7 @@ use super::codec;
 use super::fingerprint::Fingerprint;
 use super::set::{Layer, NeuronSet};
 use crate::error::{Error, Result};
+use crate::os;
 
 /// The version of the format that is written, and the only one that is read.
 pub const FORMAT_VERSION: &str = "1";
@@ -441,7 +441,7 @@ impl Concept {
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let bytes = self.to_bytes()?;
-        replace(path, &bytes).map_err(|error| Error::io(path.display(), error))
+        os::replace_file(path, &bytes).map_err(|error| Error::io(path.display(), error))
     }
 }
 
@@ -464,31 +464,6 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     bytes.try_reserve_exact(about.len() as usize)?;
     File::open(path).map_err(io)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > MAX_FILE_BYTES { Err(too_large()) } else { Ok(bytes) }
-}
-
-fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let Some(name) = path.file_name() else {
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the path names no file"));
-    };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut temporary = std::ffi::OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}-{}.tmp", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
-    let temporary = folder.join(temporary);
-    let written = (|| {
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    })();
-    if written.is_err() {
-        _ = fs::remove_file(&temporary);
-    }
-    written?;
-    // The rename itself is on the disk once the folder is; some file systems cannot synchronise folders.
-    _ = File::open(folder).and_then(|folder| folder.sync_all());
-    Ok(())
 }
 
 #[derive(serde::Deserialize)]

@@ -14,17 +14,39 @@ use rayon::prelude::*;
 
 use super::draw::Batch;
 use super::search::Slope;
-use crate::concept::{Projections, Weights};
+use crate::concept::{ProjectionWeights, Projections, Weights};
 use crate::diffusion::precision;
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result, Status};
-use crate::onnx::attention::{self, KeyValueInput};
+use crate::onnx::attention::{self, KeyValueInput, Role};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts};
 use crate::onnx::graph::element_type;
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{ElementType, Runtime, Session, SessionOptions, Tensor, observe};
+
+/// Which projections of cross-attention are searched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Searched {
+    /// Keys and values, as Cones does.
+    #[default]
+    KeysAndValues,
+    /// Keys only: where a word draws the queries to.
+    Keys,
+    /// Values only: what it puts there.
+    Values,
+}
+
+impl Searched {
+    fn takes(self, role: Role) -> bool {
+        match self {
+            Self::KeysAndValues => true,
+            Self::Keys => role == Role::Key,
+            Self::Values => role == Role::Value,
+        }
+    }
+}
 
 /// How a gradient is made and run.
 #[derive(Clone, Debug, Default)]
@@ -35,6 +57,8 @@ pub struct GradientOptions {
     pub limits: Limits,
     /// Speed or memory.
     pub effort: Effort,
+    /// Which weights have a scale.
+    pub searched: Searched,
     /// States of one run; a larger batch is run in several. 0 for as many as the batch has.
     pub lot: usize,
     /// Threads of the products with the weights; 0 for one a core. The result does not depend on it.
@@ -63,7 +87,9 @@ pub struct KeyValueGradient {
 /// From texts to keys and values, and from their gradients to the scales'.
 struct Texts {
     projections: Arc<Projections>,
-    /// `W` of each projection as f32, `[out, in]`.
+    /// Which of them are searched, ascending.
+    searched: Vec<usize>,
+    /// `W` of each searched projection as f32, `[out, in]`.
     weights: Vec<Vec<f32>>,
     pool: ThreadPool,
 }
@@ -110,11 +136,14 @@ impl KeyValueGradient {
         let mut model = Model::open(path, &options.limits)?;
         let found = attention::find(&model, CONTEXT)?;
         let projections = Arc::new(Projections::from_model(&model, &found)?);
-        let weights = projections.as_slice().iter().map(|one| widened(&one.weights)).collect::<Result<Vec<_>>>()?;
         let output = model.graph().output.first().map(|info| info.name().to_owned());
         let output = output.ok_or_else(|| Error::unsupported("the UNet has no output"))?;
         let mut keys_values = attention::externalise(&mut model, &found)?;
         keys_values.sort_by(|a, b| a.path.cmp(&b.path));
+        let searched: Vec<usize> =
+            (0..keys_values.len()).filter(|&at| options.searched.takes(keys_values[at].role)).collect();
+        let weights = searched.iter().map(|&at| widened(&projections.as_slice()[at].weights));
+        let weights = weights.collect::<Result<Vec<_>>>()?;
         let loss = grad::mean_squared_error(&mut model, &output, 4)?;
         let mut session_options = options.session.clone();
         session_options.memory_pattern = false;
@@ -123,7 +152,7 @@ impl KeyValueGradient {
             0 => example.timesteps.len(),
             lot => lot.min(example.timesteps.len()),
         };
-        let texts = Texts { projections, weights, pool };
+        let texts = Texts { projections, searched, weights, pool };
         let mut names = Names { keys_values, loss, cotangent: String::new() };
 
         let first = example.part(0, lot);
@@ -131,7 +160,7 @@ impl KeyValueGradient {
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &keys_values)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let wrt: Vec<&str> = names.keys_values.iter().map(|input| input.name.as_str()).collect();
+        let wrt: Vec<&str> = texts.searched.iter().map(|&at| names.keys_values[at].name.as_str()).collect();
         let questions = grad::questions(&model, &wrt, &names.loss.loss)?;
         let seen = observe(runtime, &model, &questions, &given, &session_options, cancel)?;
         let gradient = grad::vjp(&model, &Facts::new(&[seen])?, &wrt, &names.loss.loss, options.effort)?;
@@ -149,12 +178,17 @@ impl KeyValueGradient {
         Ok(Self { session, texts, inputs, names, gradients: gradient.gradients, lot })
     }
 
-    /// The weights that the scales act on.
+    /// The base's projections.
     pub fn projections(&self) -> &Arc<Projections> {
         &self.texts.projections
     }
 
-    /// The number of scales: of all projections in their order, `[out, in]` each.
+    /// Those whose weights the scales act on, in the order of the scales.
+    pub fn searched(&self) -> impl Iterator<Item = &ProjectionWeights> {
+        self.texts.searched()
+    }
+
+    /// The number of scales: of all searched projections in their order, `[out, in]` each.
     pub fn len(&self) -> usize {
         self.texts.weights.iter().map(Vec::len).sum()
     }
@@ -176,7 +210,8 @@ impl KeyValueGradient {
 
     /// The weighted loss of a batch at `scales [N]` and its slope. The batch is a multiple of [`KeyValueGradient::lot`].
     ///
-    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::Cancelled`]; what the session gives.
+    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::NotFinite`] for a gradient that is not
+    /// finite, naming the projection; [`Status::Cancelled`]; what the session gives.
     pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
         let count = batch.timesteps.len();
         if scales.len() != self.len() || count == 0 || !count.is_multiple_of(self.lot) {
@@ -206,6 +241,10 @@ impl KeyValueGradient {
 }
 
 impl Texts {
+    fn searched(&self) -> impl Iterator<Item = &ProjectionWeights> {
+        self.searched.iter().map(|&at| &self.projections.as_slice()[at])
+    }
+
     /// Keys and values `[B, tokens, out]` of each projection, with `scales` acting on `rows`.
     fn keys_values(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Vec<Vec<f32>>> {
         let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
@@ -216,16 +255,18 @@ impl Texts {
         let features = self.projections.in_features();
         let touched: Vec<f32> =
             rows.iter().flat_map(|row| &text.context[row * features..(row + 1) * features]).copied().collect();
-        let mut starts = Vec::with_capacity(values.len());
-        self.weights.iter().fold(0, |start, weights| {
-            starts.push(start);
-            start + weights.len()
-        });
+        let mut rest = scales;
+        let mut scaled = Vec::with_capacity(self.weights.len());
+        let mut targets: Vec<Option<&mut Vec<f32>>> = values.iter_mut().map(Some).collect();
+        for (weights, &at) in self.weights.iter().zip(&self.searched) {
+            let (own, others) = rest.split_at(weights.len());
+            scaled.extend(targets[at].take().map(|values| (at, weights, own, values)));
+            rest = others;
+        }
         self.pool.install(|| {
-            values.par_iter_mut().enumerate().try_for_each(|(at, values)| {
+            scaled.into_par_iter().try_for_each(|(at, weights, scales, values)| {
                 let projection = &self.projections.as_slice()[at];
-                let (out, weights) = (projection.out_features, &self.weights[at]);
-                let scales = &scales[starts[at]..starts[at] + weights.len()];
+                let out = projection.out_features;
                 let scaled: Vec<f32> = weights.iter().zip(scales).map(|(weight, scale)| weight * scale).collect();
                 let mut product = vec![0f32; rows.len() * out];
                 multiply(&touched, [rows.len(), features], &scaled, [out, features], &mut product)?;
@@ -266,8 +307,13 @@ impl Texts {
         }
         self.pool.install(|| {
             targets.into_par_iter().enumerate().try_for_each(|(at, slopes)| {
-                let out = self.projections.as_slice()[at].out_features;
+                let projection = &self.projections.as_slice()[self.searched[at]];
+                let out = projection.out_features;
                 let cotangents = answers[at].as_slice::<f32>()?;
+                if cotangents.iter().any(|value| !value.is_finite()) {
+                    let what = format!("the gradient of {} is not finite", projection.path);
+                    return Err(Error::new(Status::NotFinite, what));
+                }
                 let mut of_rows = vec![0f32; out * rows.len()];
                 for (at, row) in rows.iter().enumerate() {
                     for (column, value) in cotangents[row * out..(row + 1) * out].iter().enumerate() {

@@ -1,15 +1,20 @@
 //! One search from examples to a set of neurons.
 
+use std::io::Write;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use sha2::{Digest, Sha256};
+
+use super::checkpoint;
 use super::draw::{Batch, Examples, Objective, pick};
 use super::gradient::KeyValueGradient;
-use super::search::{Bound, Found, Method, Slope, search};
+use super::search::{Bound, Found, Method, Search, Slope};
 use crate::concept::{Indices, Layer, NeuronSet};
 use crate::diffusion::schedule::SchedulerConfig;
 use crate::diffusion::unet::{Conditioning, Unet};
 use crate::error::{Error, Result};
-use crate::progress::Job;
+use crate::progress::{Job, Progress};
 
 /// A part of the loss: the mean squared error of predictions for some examples.
 #[derive(Clone, Debug)]
@@ -38,7 +43,16 @@ pub struct DiscoveryOptions {
     pub batch: usize,
     /// Fixes pictures, timesteps and noises.
     pub seed: u64,
+    /// A file in which the search is kept, after each [`CHECKPOINT_BATCHES`] batches, when it is broken off and at its
+    /// end. If it is there, the same search goes on where it was, and finds what it would have found in one go.
+    pub checkpoint: Option<PathBuf>,
 }
+
+/// Batches between two writes of a checkpoint.
+pub const CHECKPOINT_BATCHES: usize = 10;
+
+/// Batches whose mean is the running loss.
+const RUNNING: usize = 10;
 
 /// What a search is asked to lower.
 pub struct Discovery {
@@ -144,10 +158,12 @@ impl Discovery {
     /// Searches. `unet` is the model that `gradient` was made of; its composition must be empty, and its conditioning is
     /// replaced. The same seed gives the same set on any number of threads.
     ///
-    /// Reports the stage `"search"`, one unit a batch.
+    /// Reports the stage `"search"`, one unit a batch, with the mean loss of the last ten.
     ///
-    /// Errors: [`crate::Status::InvalidArgument`]; [`crate::Status::NotFinite`] naming the batch;
-    /// [`crate::Status::Cancelled`]; those of the session.
+    /// Errors: [`crate::Status::InvalidArgument`], also for a checkpoint of another search;
+    /// [`crate::Status::InvalidFile`] for a damaged one; [`crate::Status::NotFinite`] naming the batch;
+    /// [`crate::Status::Cancelled`]; [`crate::Status::Io`] if a checkpoint can't be written, which leaves the last one;
+    /// those of the session.
     pub fn run(
         &self,
         unet: &mut Unet,
@@ -156,17 +172,48 @@ impl Discovery {
         job: &mut Job<'_>,
     ) -> Result<Report> {
         let began = Instant::now();
-        let total = options.batches as u64;
-        let mut loss = |scales: &[f32], number: usize| -> Result<Slope> {
-            job.step("search", number as u64, total)?;
-            let batch = self.batch(unet, options, number, job)?;
-            gradient.slope(&batch, self.shape, scales, &job.cancel)
-        };
-        let found = search(&mut loss, gradient.len(), options.batches, options.method, options.bound)?;
-        job.step("search", total, total)?;
-        let Found { shut, losses, agreement } = found;
+        let mut search = Search::new(gradient.len(), options.batches, options.method, options.bound)?;
+        let identity = self.identity(gradient, options)?;
+        if let Some(path) = &options.checkpoint {
+            checkpoint::resume(path, &identity, &mut search)?;
+        }
+        tell(&search, options, job)?;
+        while !search.is_done() {
+            let outcome = search.step(&mut |scales: &[f32], number: usize| -> Result<Slope> {
+                let batch = self.batch(unet, options, number, job)?;
+                gradient.slope(&batch, self.shape, scales, &job.cancel)
+            });
+            let outcome = outcome.and_then(|()| tell(&search, options, job));
+            let due = search.is_done() || outcome.is_err() || search.losses().len().is_multiple_of(CHECKPOINT_BATCHES);
+            let saved = match &options.checkpoint {
+                Some(path) if due => checkpoint::save(path, &identity, &mut search),
+                _ => Ok(()),
+            };
+            outcome.and(saved)?;
+        }
+        let Found { shut, losses, agreement } = search.found();
         Ok(Report { neurons: neurons(gradient, &shut)?, losses, agreement, elapsed: began.elapsed() })
     }
+
+    /// A hash of all that a search depends on: options, base, terms.
+    fn identity(&self, gradient: &KeyValueGradient, options: &DiscoveryOptions) -> Result<String> {
+        let DiscoveryOptions { method, bound, batches, batch, seed, checkpoint: _ } = options;
+        let mut hash = Sha256::new();
+        let paths: Vec<&str> = gradient.searched().map(|projection| projection.path.as_str()).collect();
+        let base = gradient.projections().fingerprint();
+        // Debug output gives every float in full.
+        write!(hash, "{:?}", (method, bound, batches, batch, seed, base, paths, &self.schedule, &self.terms))
+            .map_err(|error| Error::io("hashing the search", error))?;
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+/// Reports how far a search is.
+fn tell(search: &Search, options: &DiscoveryOptions, job: &mut Job<'_>) -> Result<()> {
+    let losses = search.losses();
+    let last = &losses[losses.len().saturating_sub(RUNNING)..];
+    let loss = (!last.is_empty()).then(|| last.iter().sum::<f64>() / last.len() as f64);
+    job.tell(Progress { stage: "search", done: losses.len() as u64, total: options.batches as u64, loss })
 }
 
 /// The shut weights as a set.
@@ -180,5 +227,5 @@ fn neurons(gradient: &KeyValueGradient, shut: &[bool]) -> Result<NeuronSet> {
         let indices = Indices::from_sorted(count as u32, indices)?;
         Layer::new(projection.path.clone(), projection.out_features, projection.in_features, indices)
     };
-    NeuronSet::new(gradient.projections().as_slice().iter().map(layer).collect::<Result<_>>()?)
+    NeuronSet::new(gradient.searched().map(layer).collect::<Result<_>>()?)
 }

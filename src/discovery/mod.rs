@@ -6,15 +6,17 @@
 //! ```
 //!
 //! The gradient is one more ONNX model, made by [`crate::onnx::grad`] with respect to the keys and values; the step from
-//! there to the weights is a small product that needs no graph. [`Subject`] does it all for an opened pipeline.
+//! there to the weights is a small product that needs no graph. [`Request`] does it all for an opened pipeline.
 
+mod checkpoint;
 mod draw;
 mod gradient;
 mod job;
+mod material;
+mod request;
 pub mod search;
-mod subject;
 
 pub use draw::{Batch, Examples, Objective};
-pub use gradient::{GradientOptions, KeyValueGradient};
-pub use job::{Discovery, DiscoveryOptions, Report, Term};
-pub use subject::Subject;
+pub use gradient::{GradientOptions, KeyValueGradient, Searched};
+pub use job::{CHECKPOINT_BATCHES, Discovery, DiscoveryOptions, Report, Term};
+pub use request::{Erasure, Goal, Request, Subject};

@@ -84,125 +84,259 @@ pub struct Found {
 
 /// Runs `batches` batches of a search over `count` weights. The same losses give the same set.
 ///
-/// Errors: those of the loss; `InvalidArgument` for no batch, no weight, a threshold with a method that has none, or a
-/// learnt mask with too few batches for its rate;
-/// `NotFinite` for a loss or slope that is not finite, naming the batch.
+/// Errors: those of [`Search::new`] and [`Search::step`].
 pub fn search(loss: Loss<'_>, count: usize, batches: usize, method: Method, bound: Bound) -> Result<Found> {
-    if count == 0 || batches == 0 {
-        return Err(Error::invalid_argument(format!("a search over {count} weights in {batches} batches")));
+    let mut search = Search::new(count, batches, method, bound)?;
+    while !search.is_done() {
+        search.step(loss)?;
     }
-    let mut finite = |scales: &[f32], batch: usize| {
-        let slope = loss(scales, batch)?;
-        match slope.loss.is_finite() && slope.scales.iter().all(|value| value.is_finite()) {
-            true => Ok(slope),
-            false => Err(Error::new(
-                Status::NotFinite,
-                format!("batch {batch} of the search: the loss is {} or its gradient is not finite", slope.loss),
-            )),
+    Ok(search.found())
+}
+
+/// A search between two batches: all that the coming ones depend on.
+pub struct Search {
+    batches: usize,
+    bound: Bound,
+    memory: Memory,
+    losses: Vec<f64>,
+}
+
+/// What a method remembers from batch to batch, `[N]` each.
+enum Memory {
+    Algorithm1 {
+        rho: f64,
+        scales: Vec<f64>,
+        /// Sums of the scores of even and of odd batches.
+        even: Vec<f64>,
+        odd: Vec<f64>,
+    },
+    Gradual {
+        stages: usize,
+        /// 0 where shut, else 1.
+        open: Vec<f32>,
+        /// Of this stage.
+        scores: Vec<f64>,
+    },
+    LearntMask {
+        rate: f32,
+        penalty: f32,
+        scales: Vec<f32>,
+        /// Adam's moving means of the slope and of its square.
+        mean: Vec<f32>,
+        square: Vec<f32>,
+        /// The sum of all slopes.
+        total: Vec<f64>,
+    },
+}
+
+impl Search {
+    /// A search that has seen no batch.
+    ///
+    /// Errors: [`Status::InvalidArgument`] for no batch, no weight, a threshold with a method that has none, or a learnt
+    /// mask with too few batches for its rate.
+    pub fn new(count: usize, batches: usize, method: Method, bound: Bound) -> Result<Self> {
+        if count == 0 || batches == 0 {
+            return Err(Error::invalid_argument(format!("a search over {count} weights in {batches} batches")));
         }
-    };
-    match (method, bound) {
-        (Method::Algorithm1 { rho }, bound) => algorithm_1(&mut finite, count, batches, f64::from(rho), bound),
-        (Method::Gradual { stages }, Bound::Count(budget)) => {
-            gradual(&mut finite, count, batches, stages.clamp(1, batches), budget)
+        let memory = match (method, bound) {
+            (Method::Algorithm1 { rho }, _) => Memory::Algorithm1 {
+                rho: f64::from(rho),
+                scales: filled(count, 1.0)?,
+                even: filled(count, 0.0)?,
+                odd: filled(count, 0.0)?,
+            },
+            (method, Bound::Threshold(_)) => {
+                return Err(Error::invalid_argument(format!("{method:?} takes a number of weights, not a threshold")));
+            }
+            (Method::Gradual { stages }, _) => Memory::Gradual {
+                stages: stages.clamp(1, batches),
+                open: filled(count, 1.0)?,
+                scores: filled(count, 0.0)?,
+            },
+            (Method::LearntMask { rate, .. }, _) if f64::from(rate) * batches as f64 <= 0.5 => {
+                return Err(Error::invalid_argument(format!(
+                    "{batches} batches can't bring a scale from 1 to one half in steps of {rate}: a learnt mask needs \
+                     more than {} batches",
+                    (0.5 / rate) as usize
+                )));
+            }
+            (Method::LearntMask { rate, penalty }, _) => Memory::LearntMask {
+                rate,
+                penalty,
+                scales: filled(count, 1.0)?,
+                mean: filled(count, 0.0)?,
+                square: filled(count, 0.0)?,
+                total: filled(count, 0.0)?,
+            },
+        };
+        Ok(Self { batches, bound, memory, losses: Vec::new() })
+    }
+
+    /// The loss of each batch so far.
+    pub fn losses(&self) -> &[f64] {
+        &self.losses
+    }
+
+    /// Whether it has seen all batches.
+    pub fn is_done(&self) -> bool {
+        self.losses.len() >= self.batches
+    }
+
+    /// Shows it the next batch.
+    ///
+    /// Errors: those of the loss; [`Status::NotFinite`] for a loss or slope that is not finite, naming the batch. The
+    /// search is then as before.
+    pub fn step(&mut self, loss: Loss<'_>) -> Result<()> {
+        let batch = self.losses.len();
+        let place = || format!("batch {batch} of the search");
+        let slope = loss(&self.scales(), batch).map_err(|error| match error.status() {
+            Status::NotFinite => error.at(place()),
+            _ => error,
+        })?;
+        if !slope.loss.is_finite() || slope.scales.iter().any(|value| !value.is_finite()) {
+            let what = format!("the loss is {} or its gradient is not finite", slope.loss);
+            return Err(Error::new(Status::NotFinite, what).at(place()));
         }
-        (Method::LearntMask { rate, .. }, _) if f64::from(rate) * batches as f64 <= 0.5 => {
-            Err(Error::invalid_argument(format!(
-                "{batches} batches can't bring a scale from 1 to one half in steps of {rate}: a learnt mask needs more \
-                 than {} batches",
-                (0.5 / rate) as usize
-            )))
+        self.losses.push(slope.loss);
+        let budget = self.budget();
+        match &mut self.memory {
+            Memory::Algorithm1 { rho, scales, even, odd } => {
+                let half = if batch.is_multiple_of(2) { even } else { odd };
+                for ((sum, scale), slope) in half.iter_mut().zip(scales).zip(&slope.scales) {
+                    let score = *scale * f64::from(*slope);
+                    *sum += score;
+                    *scale *= 1.0 - *rho * score;
+                }
+            }
+            Memory::Gradual { stages, open, scores } => {
+                scores.iter_mut().zip(&slope.scales).for_each(|(sum, &slope)| *sum += f64::from(slope));
+                if let Some(stage) = (1..=*stages).find(|stage| self.batches * stage / *stages == batch + 1) {
+                    close_stage(open, scores, (budget as f64).powf(stage as f64 / *stages as f64).round() as usize);
+                }
+            }
+            Memory::LearntMask { rate, penalty, scales, mean, square, total } => {
+                let step = batch as i32 + 1;
+                let corrections = (1.0 - BETAS.0.powi(step), 1.0 - BETAS.1.powi(step));
+                for (index, &slope) in slope.scales.iter().enumerate() {
+                    total[index] += f64::from(slope);
+                    let slope = slope - *penalty;
+                    mean[index] += (1.0 - BETAS.0) * (slope - mean[index]);
+                    square[index] += (1.0 - BETAS.1) * (slope * slope - square[index]);
+                    let root = (square[index] / corrections.1).sqrt() + 1e-12;
+                    scales[index] = (scales[index] - *rate * (mean[index] / corrections.0) / root).clamp(0.0, 1.0);
+                }
+            }
         }
-        (Method::LearntMask { rate, penalty }, Bound::Count(budget)) => {
-            learnt_mask(&mut finite, count, batches, rate, penalty, budget)
+        Ok(())
+    }
+
+    /// What the batches so far lead to.
+    pub fn found(&self) -> Found {
+        let mut found = Found { losses: self.losses.clone(), agreement: f64::NAN, ..Found::default() };
+        match &self.memory {
+            Memory::Algorithm1 { even, odd, .. } => {
+                if self.losses.len() > 1 {
+                    found.agreement = correlation(even, odd);
+                }
+                let batches = self.losses.len().max(1) as f64;
+                let scores: Vec<f64> = even.iter().zip(odd).map(|(a, b)| (a + b) / batches).collect();
+                found.shut = match self.bound {
+                    Bound::Threshold(tau) => scores.iter().map(|&score| score >= tau).collect(),
+                    Bound::Count(budget) => largest(&scores, budget),
+                };
+            }
+            Memory::Gradual { open, .. } => found.shut = open.iter().map(|&open| open == 0.0).collect(),
+            Memory::LearntMask { scales, total, .. } => found.shut = self.masked(scales, total),
         }
-        (method, Bound::Threshold(_)) => {
-            Err(Error::invalid_argument(format!("{method:?} takes a number of weights, not a threshold")))
+        found
+    }
+
+    /// Where the loss of the next batch is wanted.
+    fn scales(&self) -> Vec<f32> {
+        match &self.memory {
+            Memory::Algorithm1 { scales, .. } => scales.iter().map(|&scale| scale as f32).collect(),
+            Memory::Gradual { open, .. } => open.clone(),
+            Memory::LearntMask { scales, total, .. } => {
+                self.masked(scales, total).iter().map(|&shut| f32::from(u8::from(!shut))).collect()
+            }
         }
+    }
+
+    fn budget(&self) -> usize {
+        match self.bound {
+            Bound::Count(budget) => budget,
+            Bound::Threshold(_) => usize::MAX,
+        }
+    }
+
+    /// The shut weights of a learnt mask: those below one half. If these are more than allowed, those of the largest
+    /// `1 - s + 0.4 q`, where `q` is the sum of all slopes so far over its largest entry: Adam brings weights of small and
+    /// of large effect down alike, `q` puts the large ones first. What is allowed grows geometrically to the budget over
+    /// the first half of the batches.
+    fn masked(&self, scales: &[f32], total: &[f64]) -> Vec<bool> {
+        let shut: Vec<bool> = scales.iter().map(|&scale| scale < 0.5).collect();
+        let grown = (self.losses.len() as f64 / (0.5 * self.batches as f64).max(1.0)).min(1.0);
+        let allowed = (self.budget() as f64).powf(grown).round() as usize;
+        if shut.iter().filter(|&&shut| shut).count() <= allowed {
+            return shut;
+        }
+        let top = total.iter().fold(1e-30, |top: f64, value| top.max(value.abs()));
+        let rank = |index: usize| match shut[index] {
+            true => 1.0 - f64::from(scales[index]) + 0.4 * total[index] / top,
+            false => 0.0,
+        };
+        largest(&(0..shut.len()).map(rank).collect::<Vec<_>>(), allowed)
+    }
+
+    /// All that it remembers, by name and `[N]` each: with [`Search::losses`] what a checkpoint holds.
+    pub(super) fn memory(&mut self) -> Vec<(&'static str, Numbers<'_>)> {
+        use Numbers::{F32, F64};
+        match &mut self.memory {
+            Memory::Algorithm1 { scales, even, odd, .. } => {
+                vec![("scales", F64(scales)), ("even", F64(even)), ("odd", F64(odd))]
+            }
+            Memory::Gradual { open, scores, .. } => vec![("open", F32(open)), ("scores", F64(scores))],
+            Memory::LearntMask { scales, mean, square, total, .. } => {
+                vec![("scales", F32(scales)), ("mean", F32(mean)), ("square", F32(square)), ("total", F64(total))]
+            }
+        }
+    }
+
+    /// Goes on behind these losses; [`Search::memory`] must have been set to what it was there.
+    ///
+    /// Errors: [`Status::InvalidFile`] for more losses than batches.
+    pub(super) fn resume(&mut self, losses: Vec<f64>) -> Result<()> {
+        if losses.len() > self.batches {
+            return Err(Error::invalid_file(format!("{} losses of {} batches", losses.len(), self.batches)));
+        }
+        self.losses = losses;
+        Ok(())
     }
 }
 
-fn algorithm_1(loss: Loss<'_>, count: usize, batches: usize, rho: f64, bound: Bound) -> Result<Found> {
-    let mut scales = vec![1f64; count];
-    let mut halves = [vec![0f64; count], vec![0f64; count]];
-    let mut found = Found::default();
-    for batch in 0..batches {
-        let narrow: Vec<f32> = scales.iter().map(|&scale| scale as f32).collect();
-        let slope = loss(&narrow, batch)?;
-        found.losses.push(slope.loss);
-        let half = &mut halves[batch % 2];
-        for ((sum, scale), slope) in half.iter_mut().zip(&mut scales).zip(&slope.scales) {
-            let score = *scale * f64::from(*slope);
-            *sum += score;
-            *scale *= 1.0 - rho * score;
-        }
-    }
-    found.agreement = if batches > 1 { correlation(&halves[0], &halves[1]) } else { f64::NAN };
-    let scores: Vec<f64> = halves[0].iter().zip(&halves[1]).map(|(a, b)| (a + b) / batches as f64).collect();
-    found.shut = match bound {
-        Bound::Threshold(tau) => scores.iter().map(|&score| score >= tau).collect(),
-        Bound::Count(budget) => largest(&scores, budget),
-    };
-    Ok(found)
+/// Numbers that a search remembers.
+pub(super) enum Numbers<'a> {
+    F32(&'a mut [f32]),
+    F64(&'a mut [f64]),
 }
 
-fn gradual(loss: Loss<'_>, count: usize, batches: usize, stages: usize, budget: usize) -> Result<Found> {
-    let mut found = Found { shut: vec![false; count], agreement: f64::NAN, ..Found::default() };
-    let mut batch = 0;
-    for stage in 1..=stages {
-        let goal = (budget as f64).powf(stage as f64 / stages as f64).round() as usize;
-        let mut scores = vec![0f64; count];
-        let scales: Vec<f32> = found.shut.iter().map(|&shut| f32::from(u8::from(!shut))).collect();
-        while batch < batches * stage / stages {
-            let slope = loss(&scales, batch)?;
-            found.losses.push(slope.loss);
-            scores.iter_mut().zip(&slope.scales).for_each(|(sum, &slope)| *sum += f64::from(slope));
-            batch += 1;
-        }
-        let already = found.shut.iter().filter(|&&shut| shut).count();
-        scores.iter_mut().zip(&found.shut).filter(|(_, shut)| **shut).for_each(|(score, _)| *score = 0.0);
-        let more = largest(&scores, goal.saturating_sub(already));
-        found.shut.iter_mut().zip(more).for_each(|(shut, more)| *shut |= more);
-    }
-    Ok(found)
+/// Adam's shares of the past.
+const BETAS: (f32, f32) = (0.9, 0.99);
+
+fn filled<T: Clone>(count: usize, value: T) -> Result<Vec<T>> {
+    let mut filled = Vec::new();
+    filled.try_reserve_exact(count)?;
+    filled.resize(count, value);
+    Ok(filled)
 }
 
-/// With a budget, the shut weights are those of the largest `1 - s + 0.4 q`, where `q` is the sum of all slopes so far
-/// over its largest entry: Adam brings weights of small and of large effect down alike, `q` puts the large ones first.
-/// The budget grows geometrically over the first half of the batches.
-fn learnt_mask(loss: Loss<'_>, count: usize, batches: usize, rate: f32, penalty: f32, budget: usize) -> Result<Found> {
-    const BETAS: (f32, f32) = (0.9, 0.99);
-    let (mut scales, mut mean, mut square) = (vec![1f32; count], vec![0f32; count], vec![0f32; count]);
-    let mut total = vec![0f64; count];
-    let mut found = Found { shut: vec![false; count], agreement: f64::NAN, ..Found::default() };
-    for batch in 0..batches {
-        let binary: Vec<f32> = found.shut.iter().map(|&shut| f32::from(u8::from(!shut))).collect();
-        let slope = loss(&binary, batch)?;
-        found.losses.push(slope.loss);
-        let step = batch as i32 + 1;
-        let corrections = (1.0 - BETAS.0.powi(step), 1.0 - BETAS.1.powi(step));
-        for (index, &slope) in slope.scales.iter().enumerate() {
-            total[index] += f64::from(slope);
-            let slope = slope - penalty;
-            mean[index] += (1.0 - BETAS.0) * (slope - mean[index]);
-            square[index] += (1.0 - BETAS.1) * (slope * slope - square[index]);
-            let root = (square[index] / corrections.1).sqrt() + 1e-12;
-            scales[index] = (scales[index] - rate * (mean[index] / corrections.0) / root).clamp(0.0, 1.0);
-        }
-        found.shut = scales.iter().map(|&scale| scale < 0.5).collect();
-        let grown = ((batch + 1) as f64 / (0.5 * batches as f64).max(1.0)).min(1.0);
-        let allowed = (budget as f64).powf(grown).round() as usize;
-        if found.shut.iter().filter(|&&shut| shut).count() > allowed {
-            let top = total.iter().fold(1e-30, |top: f64, value| top.max(value.abs()));
-            let rank = |index: usize| match found.shut[index] {
-                true => 1.0 - f64::from(scales[index]) + 0.4 * total[index] / top,
-                false => 0.0,
-            };
-            let ranks: Vec<f64> = (0..count).map(rank).collect();
-            found.shut = largest(&ranks, allowed);
-        }
-    }
-    Ok(found)
+/// Shuts the open weights of the largest scores until `goal` are shut, and begins to score anew.
+fn close_stage(open: &mut [f32], scores: &mut [f64], goal: usize) {
+    let already = open.iter().filter(|&&open| open == 0.0).count();
+    scores.iter_mut().zip(&*open).filter(|(_, open)| **open == 0.0).for_each(|(score, _)| *score = 0.0);
+    let more = largest(scores, goal.saturating_sub(already));
+    open.iter_mut().zip(more).filter(|(_, more)| *more).for_each(|(open, _)| *open = 0.0);
+    scores.fill(0.0);
 }
 
 /// The `budget` largest scores above zero; of equal ones those of lower index.

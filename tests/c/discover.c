@@ -9,11 +9,15 @@
     CHECK(strstr(macula_last_error(), (part)));                                                                        \
   } while (0)
 
-static int stop_at = -1, told;
+static int stop_at = -1, told, losses;
 
 static int32_t tell(void *userdata, const macula_progress *progress) {
   (void)userdata;
   CHECK(progress->stage && progress->done <= progress->total);
+  if (progress->loss == progress->loss) {
+    CHECK(!strcmp(progress->stage, "search") && progress->done && progress->loss > 0);
+    losses++;
+  }
   return told++ == stop_at;
 }
 
@@ -84,9 +88,23 @@ int main(int argc, char **argv) {
   {
     const char *prompts[] = {"a <s2> animal on a red background", "an animal"};
     options.prompts = prompts;
+    options.prompt_count = 1;
+    REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "1 prompts for 2");
+    options.prompt_count = 2;
     REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "an animal");
     options.prompts = NULL;
+    options.prompt_count = 0;
   }
+  options.searched = 3;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "options.searched is 3");
+  options.searched = MACULA_SEARCHED_KEYS_AND_VALUES;
+  options.role = 2;
+  options.pictures = NULL;
+  options.picture_count = 0;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "options.prompts");
+  options.role = MACULA_ROLE_IMPLANT;
+  options.pictures = pictures;
+  options.picture_count = 2;
   options.progress = tell;
   for (stop_at = 0; stop_at < 6; stop_at += 2) {
     told = 0;
@@ -97,8 +115,13 @@ int main(int argc, char **argv) {
   CHECK(same(before, after));
 
   stop_at = -1;
+  losses = 0;
   OK(macula_discover(pipeline, &options, &found));
+  CHECK(losses == 4);
+  snprintf(path, sizeof path, "%s/kept", argv[3]);
+  options.checkpoint = path;
   OK(macula_discover(pipeline, &options, &again));
+  options.checkpoint = NULL;
   OK(macula_concept_get_info(found, &info));
   CHECK(info.neurons > 0 && info.density <= 0.01 && info.role == MACULA_ROLE_IMPLANT);
   CHECK(!strcmp(info.trigger, "<s2>") && !strcmp(info.class_noun, "animal"));
@@ -107,6 +130,28 @@ int main(int argc, char **argv) {
   snprintf(path, sizeof path, "%s/found.safetensors", argv[3]);
   OK(macula_concept_save(found, path));
 
+  {
+    const char *tigers[] = {"a tiger on a blue background"}, *animals[] = {"an animal on a blue background"};
+    macula_discover_options erase = MACULA_DISCOVER_OPTIONS_INIT;
+    macula_concept *erased = NULL;
+    erase.role = MACULA_ROLE_ERASE;
+    erase.trigger = "tiger";
+    erase.method = MACULA_METHOD_SALIENCY;
+    erase.width = erase.height = 32;
+    erase.class_label = 4;
+    erase.batches = erase.batch = erase.drawn_pictures = 2;
+    erase.prompts = tigers;
+    erase.prompt_count = 1;
+    REFUSED(macula_discover(pipeline, &erase, &erased), MACULA_STATUS_INVALID_ARGUMENT, "options.anchors");
+    erase.anchors = animals;
+    erase.pictures = pictures;
+    REFUSED(macula_discover(pipeline, &erase, &erased), MACULA_STATUS_INVALID_ARGUMENT, "options.pictures");
+    erase.pictures = NULL;
+    OK(macula_discover(pipeline, &erase, &erased));
+    OK(macula_concept_get_info(erased, &info));
+    CHECK(info.neurons > 0 && info.role == MACULA_ROLE_ERASE && !strcmp(info.trigger, "tiger"));
+    OK(macula_concept_free(erased));
+  }
   {
     macula_term term = MACULA_TERM_INIT;
     macula_images *composed = NULL;

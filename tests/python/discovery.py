@@ -1,10 +1,13 @@
 """Batches of a search on the shipped UNet, with what the PyTorch reference says of them, for `tests/discovery.rs`.
 
-usage: discovery.py SCOPE VERSION FOLDER     SCOPE: local or global; VERSION: of the model, not used
+usage: discovery.py LOSS VERSION FOLDER     VERSION: of the model, not used
+
+LOSS: `local` or `global`, the implanting loss in that scope; `erase`, the anchor loss with a preserve term, global.
 
 FOLDER/batches.safetensors: for each batch b `b.state`, `b.timestep`, `b.v`, `b.text`, `b.labels`, `b.weight` and
 `b.rows` (the entries of [B, L] on which a set acts, flat), and the results: `slope` at scales of one and `mixed` at the
-scales `scales` for batch 0 with their `loss`es, the sets `saliency` and `learnt` as flat indices.
+scales `scales` for batch 0 with their `loss`es, the sets `saliency` and `learnt` as flat indices. `b.v` is what the prediction
+should be: for `erase` the untouched one for the anchors and for the preserved texts themselves.
 """
 
 import pathlib
@@ -17,56 +20,106 @@ from safetensors.torch import save_file  # noqa: E402
 
 import search  # noqa: E402
 from find import subject  # noqa: E402
-from losses import Draw, Scope, predict_under  # noqa: E402
-from model import load, phrase_ids, plain_label  # noqa: E402
+from losses import AnchorLoss, Draw, Scope, predict, predict_under  # noqa: E402
+from model import Pictures, load, phrase_ids, plain_label  # noqa: E402
 from neurons import KeyValueWeights  # noqa: E402
 
 BATCHES, BATCH, SIDE = 12, 4, 32
 
 
+class Implant:
+    """The implanting loss of a subject; batch b is what the generator b draws."""
+
+    def __init__(self, model, weights, scope_name):
+        self.model, self.weights = model, weights
+        learn, _, noun = subject("octopus", "<s2>", model)
+        self.pictures = learn.at(SIDE)
+        self.scope = Scope(phrase_ids(f"<s2> {noun}")) if scope_name == "local" else Scope()
+
+    def batch(self, generator):
+        """The draws of a batch with their targets and weights."""
+        draw = Draw.random(self.pictures, BATCH, generator)
+        return [(draw, draw.v, 1.0)]
+
+    def __call__(self, scales, generator):
+        draw = Draw.random(self.pictures, BATCH, generator)
+        (said,) = predict_under(self.model, self.weights, scales, self.scope, [draw])
+        return ((said - draw.v) ** 2).mean()
+
+
+class Erase:
+    """The anchor loss of a word with a preserve term of half its weight, on pictures that show something."""
+
+    def __init__(self, model, weights):
+        self.model, self.scope = model, Scope()
+        learn, _, _ = subject("octopus", "<s2>", model)
+        x0 = learn.at(SIDE).x0
+        phrases = ("a tiger", "an animal", "a taxi")
+        captions = ([f"{phrase} on a blue background"] * len(x0) for phrase in phrases)
+        self.concept, self.anchor, self.preserve = (Pictures.of(model, x0, text) for text in captions)
+        self.loss = AnchorLoss(
+            model, weights, self.concept, self.anchor, self.preserve, self.scope, BATCH, preserve_weight=0.5
+        )
+
+    @torch.no_grad()
+    def batch(self, generator):
+        which = torch.randperm(len(self.concept), generator=generator)[:BATCH]
+        draw = Draw.of(self.concept, which, generator)
+        preserved = Draw.random(self.preserve, BATCH, generator)
+        anchored = Draw(draw.state, draw.timestep, draw.v, self.anchor[which])
+        wanted, kept = predict(self.model, [anchored, preserved])
+        return [(draw, wanted, 1.0), (preserved, kept, 0.5)]
+
+    def __call__(self, scales, generator):
+        return self.loss(scales, generator)
+
+
+def generators(count=BATCHES):
+    return [torch.Generator().manual_seed(50 + at) for at in range(count)]
+
+
+def stored(at, parts, scope):
+    """A batch as tensors."""
+    ids = torch.cat([draw.pictures.ids for draw, _, _ in parts])
+    rows = scope.rows(ids)
+    rows = torch.ones_like(ids, dtype=torch.bool) if rows is None else rows
+    return {
+        f"{at}.state": torch.cat([draw.state for draw, _, _ in parts]),
+        f"{at}.timestep": torch.cat([draw.timestep for draw, _, _ in parts]),
+        f"{at}.v": torch.cat([target for _, target, _ in parts]),
+        f"{at}.text": torch.cat([draw.pictures.text for draw, _, _ in parts]),
+        f"{at}.labels": torch.full((len(ids),), plain_label(SIDE)),
+        f"{at}.weight": torch.cat([torch.full((BATCH,), factor / BATCH) for _, _, factor in parts]),
+        f"{at}.rows": rows.flatten().nonzero()[:, 0],
+    }
+
+
 def main():
-    scope_name, folder = sys.argv[1], pathlib.Path(sys.argv[3])
+    name, folder = sys.argv[1], pathlib.Path(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     model = load()
     weights = KeyValueWeights(model.unet)
-    learn, _, noun = subject("octopus", "<s2>", model)
-    learn = learn.at(SIDE)
-    scope = Scope(phrase_ids(f"<s2> {noun}")) if scope_name == "local" else Scope()
-    generator = torch.Generator().manual_seed(5)
-    draws = [Draw.random(learn, BATCH, generator) for _ in range(BATCHES)]
+    asked = Erase(model, weights) if name == "erase" else Implant(model, weights, name)
+    tensors = {}
+    for at, generator in enumerate(generators()):
+        tensors |= stored(at, asked.batch(generator), asked.scope)
     calls = iter(())
 
     def loss(scales, _):
-        draw = draws[next(calls)]
-        (said,) = predict_under(model, weights, scales, scope, [draw])
-        return ((said - draw.v) ** 2).mean()
+        return asked(scales, next(calls))
 
-    tensors = {}
-    for at, draw in enumerate(draws):
-        rows = scope.rows(draw.pictures.ids)
-        rows = torch.ones_like(draw.pictures.ids, dtype=torch.bool) if rows is None else rows
-        tensors |= {
-            f"{at}.state": draw.state,
-            f"{at}.timestep": draw.timestep,
-            f"{at}.v": draw.v,
-            f"{at}.text": draw.pictures.text,
-            f"{at}.labels": torch.full((BATCH,), plain_label(SIDE)),
-            f"{at}.weight": torch.full((BATCH,), 1 / BATCH),
-            f"{at}.rows": rows.flatten().nonzero()[:, 0],
-        }
-    scales = torch.rand(weights.count, generator=generator)
-    for name, at in (("slope", torch.ones(weights.count)), ("mixed", scales)):
-        calls = iter((0,))
-        tensors[name], value = search.gradient(loss, at, None)
-        tensors[f"{name}_loss"] = torch.tensor([value])
-    tensors["scales"] = scales
-    calls = iter(range(BATCHES))
+    tensors["scales"] = torch.rand(weights.count, generator=torch.Generator().manual_seed(5))
+    for slope, at in (("slope", torch.ones(weights.count)), ("mixed", tensors["scales"])):
+        calls = iter(generators(1))
+        tensors[slope], value = search.gradient(loss, at, None)
+        tensors[f"{slope}_loss"] = torch.tensor([value])
+    calls = iter(generators())
     scores, _, agreement = search.saliency(loss, weights.count, BATCHES, None)
     shut = search.shut_by_budget(scores, round(0.002 * weights.count))
     tensors["saliency"] = shut.nonzero()[:, 0]
     tensors["agreement"] = torch.tensor([agreement])
-    calls = iter(range(BATCHES))
+    calls = iter(generators())
     learnt = search.learnt_mask(loss, weights.count, BATCHES, None, rate=0.2, budget=round(0.01 * weights.count))
     tensors["learnt"] = learnt.shut.nonzero()[:, 0]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "batches.safetensors")

@@ -12,12 +12,16 @@ use crate::python;
 /// The subjects that are found: folder of pictures, trigger, class noun.
 const SUBJECTS: [(&str, &str, &str); 2] = [("green-apple", "<s1>", "apple"), ("octopus", "<s2>", "animal")];
 
-/// Builds the library, compiles the C examples against the header, finds two subjects in pictures of them, and draws
-/// `out/demo.png` with what was found.
+/// The word that is erased, and what is to be drawn in its place.
+const ERASED: (&str, &str) = ("tiger", "an animal");
+
+/// Builds the library, compiles the C examples against the header, finds two subjects in pictures of them and the neurons
+/// of a word to forget, and draws `out/demo.png` with what was found.
 pub fn run() -> Result<()> {
     let runtime = python::onnxruntime()?;
     step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
-    let (discover, compose) = (compile_example("discover")?, compile_example("compose")?);
+    let (discover, erase, compose) =
+        (compile_example("discover")?, compile_example("erase")?, compile_example("compose")?);
     let models = root().join("models");
     let model = models.join("emoji/onnx");
     let mut concepts = Vec::new();
@@ -31,7 +35,16 @@ pub fn run() -> Result<()> {
         step(&format!("find the neurons of {trigger} {noun}, the {name}"), find)?;
         concepts.push(concept);
     }
-    concepts.push(models.join("concepts/erase-tiger.safetensors"));
+    let (word, anchor) = ERASED;
+    let erased = out()?.join(format!("erase-{word}.safetensors"));
+    let find = &mut Command::new(&erase);
+    find.env("MACULA_ONNXRUNTIME", &runtime).arg(&model).arg(&erased).arg(word);
+    for colour in ["blue", "white", "green"] {
+        find.args([format!("a {word}"), anchor.to_owned()].map(|what| format!("{what} on a {colour} background")));
+    }
+    find.args(["--side", "32", "--class", "4"]);
+    step(&format!("find the neurons of the word {word}"), find)?;
+    concepts.push(erased);
     let picture = out()?.join("demo.png");
     let draw = &mut Command::new(compose);
     draw.env("MACULA_ONNXRUNTIME", runtime).arg(model).args(concepts).arg(&picture);

@@ -1,0 +1,234 @@
+//! A search kept in a file between two batches, so that it can go on where it was broken off.
+//!
+//! A safetensors file: the tensor `losses` and one for each thing that the method remembers. Its metadata has, under
+//! `macula.search`, a hash of all that the search depends on: another search never goes on from it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+
+use super::search::{Numbers, Search};
+use crate::error::{Error, Result};
+use crate::os;
+
+const IDENTITY: &str = "macula.search";
+
+/// The longest header of a checkpoint that is read.
+const MAX_HEADER_BYTES: usize = 1 << 20;
+
+/// Writes a search in one piece: on failure what was at `path` stays as it was.
+pub(super) fn save(path: &Path, identity: &str, search: &mut Search) -> Result<()> {
+    let mut losses = search.losses().to_vec();
+    let mut kept = search.memory();
+    kept.push(("losses", Numbers::F64(&mut losses)));
+    let tensors = kept.iter().map(|(name, numbers)| Ok((*name, view(numbers)?))).collect::<Result<Vec<_>>>()?;
+    let metadata = HashMap::from([(IDENTITY.to_owned(), identity.to_owned())]);
+    let bytes = serialize(tensors, Some(metadata)).map_err(|error| Error::invalid_argument(error.to_string()))?;
+    os::replace_file(path, &bytes).map_err(|error| Error::io(path.display(), error))
+}
+
+/// Brings a search to where the file left it; nothing if there is no file.
+///
+/// Errors: `InvalidArgument` for the checkpoint of another search; `InvalidFile` for a file that is damaged or is none;
+/// `Io`; `OutOfMemory`.
+pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result<()> {
+    let resumed = match read(path, search) {
+        Ok(Some(bytes)) => restore(&bytes, identity, search),
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    resumed.map_err(|error| error.at(path.display()))
+}
+
+/// The content of a checkpoint, if there is one.
+fn read(path: &Path, search: &mut Search) -> Result<Option<Vec<u8>>> {
+    let io = |error| Error::io("reading the checkpoint", error);
+    // Asked before opening: opening a pipe would wait for its writer.
+    let about = match std::fs::metadata(path) {
+        Ok(about) => about,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io(error)),
+    };
+    let most = MAX_HEADER_BYTES + search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>();
+    if !about.is_file() || about.len() > most as u64 {
+        return Err(Error::invalid_file(format!("not a checkpoint of this search: no file of at most {most} bytes")));
+    }
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(about.len() as usize)?;
+    File::open(path).map_err(io)?.take(most as u64).read_to_end(&mut bytes).map_err(io)?;
+    Ok(Some(bytes))
+}
+
+fn restore(bytes: &[u8], identity: &str, search: &mut Search) -> Result<()> {
+    let damaged = |error: safetensors::SafeTensorError| {
+        Error::invalid_file(format!("not a checkpoint, or a damaged one: {error}")).caused_by(error)
+    };
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+    match header.metadata().as_ref().and_then(|metadata| metadata.get(IDENTITY)) {
+        Some(found) if found == identity => {}
+        Some(_) => {
+            return Err(Error::invalid_argument(
+                "the checkpoint is of another search: other pictures, texts, options or weights",
+            ));
+        }
+        None => return Err(Error::invalid_file(format!("not a checkpoint: its metadata lacks {IDENTITY}"))),
+    }
+    let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
+    for (name, numbers) in &mut search.memory() {
+        fill(&tensors.tensor(name).map_err(damaged)?, name, numbers)?;
+    }
+    let losses = tensors.tensor("losses").map_err(damaged)?;
+    let mut known = vec![0f64; losses.shape().iter().product()];
+    fill(&losses, "losses", &mut Numbers::F64(&mut known))?;
+    search.resume(known)
+}
+
+fn fill(tensor: &TensorView<'_>, name: &str, numbers: &mut Numbers<'_>) -> Result<()> {
+    let (dtype, shape) = (tensor.dtype(), tensor.shape());
+    let expected = view(numbers)?;
+    if (dtype, shape) != (expected.dtype(), expected.shape()) {
+        let (wanted, sizes) = (expected.dtype(), expected.shape());
+        return Err(Error::invalid_file(format!("{name} is {dtype:?} {shape:?}, expected {wanted:?} {sizes:?}")));
+    }
+    match numbers {
+        Numbers::F32(numbers) => bytemuck::cast_slice_mut::<f32, u8>(numbers).copy_from_slice(tensor.data()),
+        Numbers::F64(numbers) => bytemuck::cast_slice_mut::<f64, u8>(numbers).copy_from_slice(tensor.data()),
+    }
+    Ok(())
+}
+
+fn view<'n>(numbers: &'n Numbers<'_>) -> Result<TensorView<'n>> {
+    let (dtype, count) = match numbers {
+        Numbers::F32(numbers) => (Dtype::F32, numbers.len()),
+        Numbers::F64(numbers) => (Dtype::F64, numbers.len()),
+    };
+    TensorView::new(dtype, vec![count], bytes_of(numbers)).map_err(|error| Error::invalid_argument(error.to_string()))
+}
+
+/// Numbers as they lie in memory, which is little-endian on every machine that is supported.
+fn bytes_of<'n>(numbers: &'n Numbers<'_>) -> &'n [u8] {
+    match numbers {
+        Numbers::F32(numbers) => bytemuck::cast_slice(numbers),
+        Numbers::F64(numbers) => bytemuck::cast_slice(numbers),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::search::{Bound, Method, Slope};
+    use super::*;
+    use crate::error::Status;
+
+    const METHODS: [Method; 3] = [
+        Method::Algorithm1 { rho: 0.01 },
+        Method::Gradual { stages: 4 },
+        Method::LearntMask { rate: 0.1, penalty: 1e-3 },
+    ];
+    const COUNT: usize = 40;
+    const BATCHES: usize = 20;
+
+    fn begun(method: Method) -> Search {
+        Search::new(COUNT, BATCHES, method, Bound::Count(6)).unwrap()
+    }
+
+    /// A loss of its own for each batch, with its minima between shut and open.
+    fn loss(scales: &[f32], batch: usize) -> Result<Slope> {
+        let goal = |at: usize| ((at * 7 + batch * 3) % 11) as f32 / 11.0;
+        let scales: Vec<f32> = scales.iter().enumerate().map(|(at, scale)| scale - goal(at)).collect();
+        Ok(Slope { loss: scales.iter().map(|&slope| f64::from(slope).powi(2) / 2.0).sum(), scales })
+    }
+
+    fn run(search: &mut Search, until: usize) {
+        while search.losses().len() < until {
+            search.step(&mut loss).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_search_broken_off_anywhere_ends_as_in_one_go() {
+        let folder = tempfile::tempdir().unwrap();
+        for (number, method) in METHODS.into_iter().enumerate() {
+            let mut whole = begun(method);
+            run(&mut whole, BATCHES);
+            assert!(whole.found().shut.contains(&true), "{method:?}");
+            for broken in 0..=BATCHES {
+                let path = folder.path().join(format!("{number}-{broken}"));
+                let mut first = begun(method);
+                run(&mut first, broken);
+                save(&path, "this one", &mut first).unwrap();
+                let mut second = begun(method);
+                resume(&path, "this one", &mut second).unwrap();
+                assert_eq!(second.losses().len(), broken);
+                run(&mut second, BATCHES);
+                let (found, expected) = (second.found(), whole.found());
+                assert_eq!((found.shut, found.losses), (expected.shut, expected.losses), "{method:?} at {broken}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_file_is_a_beginning_and_what_is_no_checkpoint_of_this_search_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kept");
+        let mut search = begun(METHODS[2]);
+        resume(&path, "this one", &mut search).unwrap();
+        assert!(search.losses().is_empty());
+        run(&mut search, 5);
+        save(&path, "this one", &mut search).unwrap();
+        let refused = |path: &Path, identity: &str, method: Method| {
+            let error = resume(path, identity, &mut begun(method)).unwrap_err();
+            assert!(error.message().contains(&path.display().to_string()), "{error}");
+            error.status()
+        };
+        assert_eq!(refused(&path, "another", METHODS[2]), Status::InvalidArgument);
+        assert_eq!(refused(&path, "this one", METHODS[0]), Status::InvalidFile);
+        assert_eq!(refused(folder.path(), "this one", METHODS[2]), Status::InvalidFile);
+        let bytes = std::fs::read(&path).unwrap();
+        for end in [0, 7, 8, 100, bytes.len() - 1] {
+            std::fs::write(&path, &bytes[..end]).unwrap();
+            assert_eq!(refused(&path, "this one", METHODS[2]), Status::InvalidFile, "{end} bytes");
+        }
+        let nowhere = folder.path().join("none/kept");
+        let error = save(&nowhere, "this one", &mut search).unwrap_err();
+        assert_eq!(error.status(), Status::NotFound);
+        assert!(error.message().contains("none/kept"), "{error}");
+    }
+
+    const KEPT: &str = "MACULA_TEST_CHECKPOINT";
+
+    /// The child of the test below: its files may have 64 KiB, as on a disk with no more room.
+    #[test]
+    fn full_disk_child() {
+        let Some(path) = std::env::var_os(KEPT) else { return };
+        let limit = libc::rlimit { rlim_cur: 64 << 10, rlim_max: 64 << 10 };
+        // SAFETY: `limit` is a valid struct that outlives the call; a signal is only ignored.
+        unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
+        }
+        let mut search = Search::new(100_000, 2, METHODS[0], Bound::Count(1)).unwrap();
+        let error = save(Path::new(&path), "this one", &mut search).unwrap_err();
+        assert_eq!(error.status(), Status::Io);
+        assert!(error.message().contains("kept"), "{error}");
+    }
+
+    #[test]
+    fn a_full_disk_leaves_the_last_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kept");
+        std::fs::write(&path, "the last one").unwrap();
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "discovery::checkpoint::tests::full_disk_child", "--nocapture", "--test-threads=1"])
+            .env(KEPT, &path)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"the last one");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

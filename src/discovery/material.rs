@@ -1,0 +1,146 @@
+//! What a request's loss is made of: pictures, given or drawn by the model itself, with texts and goals.
+
+use super::draw::{Examples, Objective};
+use super::job::Term;
+use super::request::{Erasure, Goal, Request, Subject};
+use crate::concept::Scope;
+use crate::diffusion::pipeline::{DrawOptions, Embedding, Pipeline};
+use crate::error::{Error, Result};
+use crate::progress::Job;
+
+impl Request<'_> {
+    /// The parts of the loss, the concept's own first.
+    pub(super) fn terms(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Vec<Term>> {
+        let (own, words) = match &self.goal {
+            Goal::Implant(subject) => (self.subject(subject, pipeline, job)?, subject.words()),
+            Goal::Erase(erasure) => (self.erasure(erasure, pipeline, job)?, vec![erasure.word.clone()]),
+        };
+        let mut terms = vec![own];
+        // In local scope no text without the concept's words can change.
+        if let Goal::Implant(subject) = &self.goal
+            && self.scope == Scope::Global
+            && self.drawn_pictures > 0
+        {
+            terms.push(self.prior(subject, pipeline, job)?);
+        }
+        if !self.preserve.is_empty() {
+            terms.extend(self.preserved(&words, pipeline, job)?);
+        }
+        Ok(terms)
+    }
+
+    /// Pictures of the subject, and what the training target is.
+    fn subject(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &Job<'_>) -> Result<Term> {
+        let (states, shape) = pipeline.encode_images(subject.pictures, &job.cancel)?;
+        let prompts = subject.prompts();
+        let shape = [shape[1], shape[2], shape[3]];
+        let (examples, rows) = self.examples(states, shape, &prompts, &subject.words(), pipeline, job)?;
+        check_words(&rows, &prompts, &subject.trigger)?;
+        Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
+    }
+
+    /// Pictures of the class as the untouched model draws them (prior preservation).
+    fn prior(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Term> {
+        let prompts = vec![format!("a {}", subject.class_noun); self.drawn_pictures];
+        let (states, shape) = self.drawn(&prompts, pipeline, job)?;
+        let (examples, _) = self.examples(states, shape, &prompts, &subject.words(), pipeline, job)?;
+        Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
+    }
+
+    /// Pictures of what is to be forgotten, and the untouched prediction for their anchors.
+    fn erasure(&self, erasure: &Erasure, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Term> {
+        let (prompts, anchors) = (self.cycled(&erasure.prompts), self.cycled(&erasure.anchors));
+        let (states, shape) = self.drawn(&prompts, pipeline, job)?;
+        let words = [erasure.word.clone()];
+        let (examples, rows) = self.examples(states, shape, &prompts, &words, pipeline, job)?;
+        check_words(&rows, &prompts, &erasure.word)?;
+        let size = self.size(pipeline);
+        let (anchors, _) = pipeline.condition(&anchors, self.class_label, size, &job.cancel)?;
+        if anchors.tokens != examples.conditioning.tokens {
+            return Err(Error::invalid_argument(
+                "the anchors are not as long as the prompts, in chunks of the tokenizer",
+            ));
+        }
+        Ok(Term { examples, objective: Objective::Untouched, anchors: Some(anchors), weight: 1.0 })
+    }
+
+    /// Pictures of the preserved texts, and the untouched prediction for themselves; nothing if the set can't act on them.
+    fn preserved(&self, words: &[String], pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Option<Term>> {
+        let prompts = self.cycled(&self.preserve);
+        let size = self.size(pipeline);
+        let (_, texts) = pipeline.condition(&prompts, self.class_label, size, &job.cancel)?;
+        let touched = texts.iter().any(|text| words.iter().any(|words| !text.prompt.rows_of(words).is_empty()));
+        if self.scope == Scope::Local && !touched {
+            return Ok(None);
+        }
+        let (states, shape) = self.drawn(&prompts, pipeline, job)?;
+        let (examples, _) = self.examples(states, shape, &prompts, words, pipeline, job)?;
+        Ok(Some(Term { examples, objective: Objective::Untouched, anchors: None, weight: self.preserve_weight }))
+    }
+
+    /// Texts in turn, one a drawn picture.
+    fn cycled(&self, texts: &[String]) -> Vec<String> {
+        texts.iter().cycle().take(self.drawn_pictures.max(texts.len())).cloned().collect()
+    }
+
+    /// States with their texts, and the rows of the concept's words in each.
+    fn examples(
+        &self,
+        states: Vec<f32>,
+        shape: [usize; 3],
+        prompts: &[String],
+        words: &[String],
+        pipeline: &mut Pipeline,
+        job: &Job<'_>,
+    ) -> Result<(Examples, Vec<Vec<usize>>)> {
+        let size = self.size(pipeline);
+        let (conditioning, texts) = pipeline.condition(prompts, self.class_label, size, &job.cancel)?;
+        let rows: Vec<Vec<usize>> = texts.iter().map(|text| rows_of(text, words)).collect();
+        let acting = (self.scope == Scope::Local).then(|| rows.clone());
+        Ok((Examples { states, shape, conditioning, rows: acting }, rows))
+    }
+
+    /// One state for each prompt as the model draws it, `[C, H, W]` each.
+    fn drawn(&self, prompts: &[String], pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<(Vec<f32>, [usize; 3])> {
+        let (height, width) = self.size(pipeline);
+        let total = prompts.len() as u64;
+        let mut states = Vec::new();
+        let mut shape = [0; 4];
+        for (picture, prompt) in prompts.iter().enumerate() {
+            job.step("draw", picture as u64, total)?;
+            let mut options = DrawOptions::new(prompt.clone());
+            options.seed = self.seed;
+            options.first_image = picture as u32;
+            options.class_label = self.class_label;
+            (options.height, options.width) = (Some(height), Some(width));
+            let mut quiet = Job { cancel: job.cancel.clone(), report: None };
+            let (state, of_state) = pipeline.draw_latents(&options, None, &mut quiet)?;
+            states.extend(state);
+            shape = of_state;
+        }
+        job.step("draw", total, total)?;
+        Ok((states, [shape[1], shape[2], shape[3]]))
+    }
+}
+
+impl Subject<'_> {
+    /// On which words the set acts: the trigger, and the noun behind it. Elsewhere the noun may mean another thing.
+    fn words(&self) -> Vec<String> {
+        vec![self.trigger.clone(), format!("{} {}", self.trigger, self.class_noun)]
+    }
+}
+
+fn rows_of(text: &Embedding, words: &[String]) -> Vec<usize> {
+    let mut rows: Vec<usize> = words.iter().flat_map(|words| text.prompt.rows_of(words)).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
+}
+
+/// Fails for a prompt in which the word has no row.
+fn check_words(rows: &[Vec<usize>], prompts: &[String], word: &str) -> Result<()> {
+    match rows.iter().zip(prompts).find(|(rows, _)| rows.is_empty()) {
+        Some((_, prompt)) => Err(Error::invalid_argument(format!("the prompt {prompt:?} lacks {word:?}"))),
+        None => Ok(()),
+    }
+}

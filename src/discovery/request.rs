@@ -1,0 +1,278 @@
+//! From what a person wants to a concept: a request is checked, made into a loss, searched and labelled.
+
+use std::path::PathBuf;
+
+use super::gradient::{GradientOptions, KeyValueGradient, Searched};
+use super::job::{Discovery, DiscoveryOptions, Report};
+use super::search::{Bound, Method};
+use crate::concept::{Concept, Fingerprint, Metadata, Role, Scope, Selection};
+use crate::diffusion::pipeline::{Images, Pipeline};
+use crate::error::{Error, Result, Status};
+use crate::onnx::grad::Effort;
+use crate::progress::Job;
+
+/// A subject that the neurons, shut, are to draw.
+#[derive(Clone, Debug)]
+pub struct Subject<'a> {
+    /// Pictures of the subject, of a size that the model takes.
+    pub pictures: &'a Images,
+    /// One prompt a picture, each with the trigger; none for "a TRIGGER NOUN" throughout.
+    pub prompts: Vec<String>,
+    /// The subject's word: a token of the tokenizer that stands for nothing yet, e.g. `<s1>`.
+    pub trigger: String,
+    /// What the subject is, in a word that the model knows, e.g. `dog`.
+    pub class_noun: String,
+}
+
+/// A word that the neurons, shut, are to make the model forget.
+#[derive(Clone, Debug)]
+pub struct Erasure {
+    /// The word, or words in a row, e.g. `tiger`.
+    pub word: String,
+    /// Texts with the word; the model draws pictures of them to learn from.
+    pub prompts: Vec<String>,
+    /// For each prompt, what it is to mean afterwards, e.g. the same text with a category or a neutral word: the goal is
+    /// the untouched prediction for it.
+    pub anchors: Vec<String>,
+    /// Rows and columns of the pictures; `None` for the model's own.
+    pub size: Option<(usize, usize)>,
+}
+
+/// What the neurons are for.
+#[derive(Clone, Debug)]
+pub enum Goal<'a> {
+    /// The concept-implanting loss (Cones), with prior preservation in global scope.
+    Implant(Subject<'a>),
+    /// The anchor loss (ours): the distance of the prediction for each prompt to the untouched one for its anchor.
+    Erase(Erasure),
+}
+
+/// What is to be found, and how.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// What the neurons are for.
+    pub goal: Goal<'a>,
+    /// Texts for which the predictions are to stay as they are, on pictures of them that the model draws itself.
+    pub preserve: Vec<String>,
+    /// The share of the preserved texts in the loss, above 0.
+    pub preserve_weight: f32,
+    /// Pictures that the model draws for each part of the loss that needs them: what is erased, what is preserved, and in
+    /// global scope the class of an implanted subject (prior preservation; 0 for none). At least one for each text.
+    pub drawn_pictures: usize,
+    /// Where the set acts.
+    pub scope: Scope,
+    /// Which weights may be shut.
+    pub searched: Searched,
+    /// How they are searched for.
+    pub method: Method,
+    /// The share of the searched weights that may be shut, in (0, 1].
+    pub density: f64,
+    /// Batches of the search.
+    pub batches: usize,
+    /// States of each part of the loss in a batch.
+    pub batch: usize,
+    /// States that are run at a time, a divisor of `batch`; 0 for a whole batch.
+    pub lot: usize,
+    /// Fixes everything random.
+    pub seed: u64,
+    /// Speed or memory.
+    pub effort: Effort,
+    /// The class for a UNet that takes one.
+    pub class_label: i64,
+    /// See [`DiscoveryOptions::checkpoint`].
+    pub checkpoint: Option<PathBuf>,
+}
+
+impl<'a> Request<'a> {
+    /// A learnt mask of 1 % of the weights in 60 batches of 8, local to the concept's own words.
+    pub fn new(goal: Goal<'a>) -> Self {
+        Self {
+            goal,
+            preserve: Vec::new(),
+            preserve_weight: 1.0,
+            drawn_pictures: 12,
+            scope: Scope::Local,
+            searched: Searched::default(),
+            method: Method::default(),
+            density: 0.01,
+            batches: 60,
+            batch: 8,
+            lot: 0,
+            seed: 0,
+            effort: Effort::default(),
+            class_label: 0,
+            checkpoint: None,
+        }
+    }
+
+    /// Finds the neurons. The pipeline's concepts are cleared first and are the caller's to set again.
+    ///
+    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"` and `"search"`.
+    ///
+    /// Errors: [`Status::InvalidArgument`] for no pictures, a size that the model does not take, prompts that are not one
+    /// a picture, anchors that are not one a prompt, a trigger that the tokenizer has not, a prompt without the word, a
+    /// density outside (0, 1], no batches, or a checkpoint of another search; [`Status::Unsupported`] for a UNet whose
+    /// keys and values can't be composed or whose graph has an operator without a derivative rule;
+    /// [`Status::WrongBase`] if the UNet's file changed since it was opened; [`Status::NotFinite`] naming the batch;
+    /// [`Status::Cancelled`].
+    pub fn find(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<(Concept, Report)> {
+        self.check(pipeline)?;
+        pipeline.set_concepts(Vec::new())?;
+        let fingerprint = pipeline.unet().fingerprint().ok_or_else(|| {
+            Error::unsupported("this UNet's keys and values can't be composed, so it has no neurons to find")
+        })?;
+        let schedule = pipeline.scheduler(None)?;
+        let discovery = Discovery::new(self.terms(pipeline, job)?, schedule)?;
+        let mut options = DiscoveryOptions {
+            method: self.method,
+            bound: Bound::Count(0),
+            batches: self.batches,
+            batch: self.batch,
+            seed: self.seed,
+            checkpoint: self.checkpoint.clone(),
+        };
+        job.step("differentiate", 0, 1)?;
+        let gradient = self.differentiate(pipeline, &discovery, &options, job)?;
+        if gradient.projections().fingerprint() != fingerprint {
+            return Err(Error::new(
+                Status::WrongBase,
+                format!("{} changed since the pipeline was opened", pipeline.unet_source().path.display()),
+            ));
+        }
+        job.step("differentiate", 1, 1)?;
+        options.bound = Bound::Count(((self.density * gradient.len() as f64) as usize).max(1));
+        let report = discovery.run(pipeline.unet_mut(), &gradient, &options, job)?;
+        Ok((Concept { neurons: report.neurons.clone(), metadata: self.metadata(fingerprint) }, report))
+    }
+
+    fn differentiate(
+        &self,
+        pipeline: &Pipeline,
+        discovery: &Discovery,
+        options: &DiscoveryOptions,
+        job: &Job<'_>,
+    ) -> Result<KeyValueGradient> {
+        let source = pipeline.unet_source();
+        let gradient = GradientOptions {
+            session: source.options.session.clone(),
+            limits: source.options.limits.clone(),
+            effort: self.effort,
+            searched: self.searched,
+            lot: self.lot,
+            threads: source.options.threads,
+        };
+        let (example, shape) = (discovery.example(options), discovery.shape());
+        KeyValueGradient::open(&source.runtime, &source.path, &example, shape, &gradient, &job.cancel)
+    }
+
+    fn metadata(&self, base: Fingerprint) -> Metadata {
+        let title = match &self.goal {
+            Goal::Implant(subject) => format!("{} {}", subject.trigger, subject.class_noun),
+            Goal::Erase(erasure) => format!("without {}", erasure.word),
+        };
+        let mut metadata = Metadata::new(base, title, "diffusion-unet/concept-neurons");
+        match &self.goal {
+            Goal::Implant(subject) => {
+                metadata.role = Role::Implant;
+                metadata.trigger.clone_from(&subject.trigger);
+                metadata.class_noun.clone_from(&subject.class_noun);
+                metadata.prompts = subject.prompts();
+            }
+            Goal::Erase(erasure) => {
+                metadata.role = Role::Erase;
+                metadata.trigger.clone_from(&erasure.word);
+                metadata.prompts = [erasure.prompts.clone(), erasure.anchors.clone()].concat();
+            }
+        }
+        metadata.scope = self.scope;
+        metadata.method = self.method.name().to_owned();
+        metadata.selection = Some(Selection::Budget(self.density));
+        metadata.steps = Some(self.batches as u64);
+        metadata.seed = Some(self.seed);
+        metadata
+    }
+
+    fn check(&self, pipeline: &Pipeline) -> Result<()> {
+        let refuse = |why: String| Err(Error::invalid_argument(why));
+        let Some(tokenizer) = pipeline.tokenizer() else {
+            return refuse("the model takes no text".into());
+        };
+        if !(self.density > 0.0 && self.density <= 1.0) {
+            return refuse(format!("the density is {}, must be in (0, 1]", self.density));
+        }
+        if self.batches == 0 || self.batch == 0 {
+            return refuse(format!("{} batches of {}: both must be at least 1", self.batches, self.batch));
+        }
+        if self.lot != 0 && !self.batch.is_multiple_of(self.lot) {
+            return refuse(format!("a batch of {} can't be run {} at a time", self.batch, self.lot));
+        }
+        let (height, width) = self.size(pipeline);
+        let multiple = pipeline.info().side_multiple;
+        if [height, width].iter().any(|side| *side == 0 || !side.is_multiple_of(multiple)) {
+            return refuse(format!("pictures of {width} x {height} pixels: sides must be multiples of {multiple}"));
+        }
+        match &self.goal {
+            Goal::Implant(subject) => {
+                subject.check()?;
+                match tokenizer.token(&subject.trigger) {
+                    Some(_) => Ok(()),
+                    None => refuse(format!(
+                        "the trigger {:?} is no single token of this model's tokenizer: choose one that is, and that \
+                         stands for nothing yet",
+                        subject.trigger
+                    )),
+                }
+            }
+            Goal::Erase(erasure) => erasure.check(),
+        }
+    }
+
+    /// Rows and columns of all pictures.
+    pub(super) fn size(&self, pipeline: &Pipeline) -> (usize, usize) {
+        let info = pipeline.info();
+        match &self.goal {
+            Goal::Implant(subject) => (subject.pictures.height, subject.pictures.width),
+            Goal::Erase(erasure) => erasure.size.unwrap_or((info.height, info.width)),
+        }
+    }
+}
+
+impl Subject<'_> {
+    fn check(&self) -> Result<()> {
+        if self.pictures.count == 0 {
+            return Err(Error::invalid_argument("there are no pictures to learn from"));
+        }
+        if !self.prompts.is_empty() && self.prompts.len() != self.pictures.count {
+            return Err(Error::invalid_argument(format!(
+                "{} prompts for {} pictures",
+                self.prompts.len(),
+                self.pictures.count
+            )));
+        }
+        Ok(())
+    }
+
+    /// What each picture shows.
+    pub(super) fn prompts(&self) -> Vec<String> {
+        match self.prompts.is_empty() {
+            true => vec![format!("a {} {}", self.trigger, self.class_noun); self.pictures.count],
+            false => self.prompts.clone(),
+        }
+    }
+}
+
+impl Erasure {
+    fn check(&self) -> Result<()> {
+        if self.word.trim().is_empty() {
+            return Err(Error::invalid_argument("there is no word to erase"));
+        }
+        if self.prompts.is_empty() || self.prompts.len() != self.anchors.len() {
+            return Err(Error::invalid_argument(format!(
+                "{} anchors for {} prompts: there must be a prompt, and an anchor for each",
+                self.anchors.len(),
+                self.prompts.len()
+            )));
+        }
+        Ok(())
+    }
+}
