@@ -29,7 +29,7 @@ pub fn fixture(script: &str, arguments: &[&str]) -> PathBuf {
         return folder;
     }
     let building = tempfile::Builder::new().prefix(stem).tempdir_in(root.join("target/fixtures")).unwrap();
-    let output = Command::new(required("MACULA_PYTHON", "a Python interpreter with tests/python/requirements.txt"))
+    let output = Command::new(interpreter())
         .arg(scripts.join(script))
         .args(arguments)
         .arg(building.path())
@@ -45,7 +45,7 @@ pub fn fixture(script: &str, arguments: &[&str]) -> PathBuf {
 /// What `tests/python/<script>` writes to standard output.
 pub fn python(script: &str, arguments: &[&str]) -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let output = Command::new(required("MACULA_PYTHON", "a Python interpreter with tests/python/requirements.txt"))
+    let output = Command::new(interpreter())
         .arg(root.join("tests/python").join(script))
         .args(arguments)
         .env("OMP_NUM_THREADS", "2")
@@ -54,6 +54,11 @@ pub fn python(script: &str, arguments: &[&str]) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{script} {arguments:?} failed:\n{errors}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// The Python that has the packages of `tests/python/requirements.txt` and `tools.txt`.
+pub fn interpreter() -> PathBuf {
+    required("MACULA_PYTHON", "a Python interpreter with tests/python/requirements.txt")
 }
 
 /// The ONNX Runtime library that tests run with.

@@ -5,9 +5,13 @@ mod bench;
 mod demo;
 mod eval;
 mod header;
+mod install;
+mod licences;
 mod place;
 mod python;
 mod test;
+
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -47,6 +51,15 @@ enum Command {
     },
     /// Write include/macula.h anew from the exported functions
     Header,
+    /// Install the library, its header, packages for pkg-config and CMake, and ONNX Runtime
+    Install {
+        /// The folder to install under; the tree in it may be moved afterwards
+        #[arg(long)]
+        prefix: PathBuf,
+        /// A folder with libmacula.so and libmacula.a, to install those instead of a release build
+        #[arg(long)]
+        built: Option<PathBuf>,
+    },
     /// Get ONNX Runtime and the Python environment, and print how to use them by hand
     Setup,
 }
@@ -58,6 +71,7 @@ fn main() -> Result<()> {
         Command::Bench { small } => bench::run(small),
         Command::Eval { what, full } => eval::run(what, full),
         Command::Header => header::write(&place::root()),
+        Command::Install { prefix, built } => install::run(&prefix, built.as_deref()),
         Command::Setup => setup(),
     }
 }

@@ -1,5 +1,6 @@
 //! What comes from Python's package index: the ONNX Runtime library (its wheel is unpacked, never installed), and the
-//! environment that the tests' oracles, the trainer and the benchmarks' other side run in.
+//! environment that the tests' oracles, the trainer and the benchmarks' other side run in, with the tools that installed
+//! packages are tested with.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::place::{root, step, target};
 
 const REQUIREMENTS: &str = "tests/python/requirements.txt";
+const TOOLS: &str = "tests/python/tools.txt";
 
 fn python() -> String {
     std::env::var("PYTHON").unwrap_or_else(|_| "python3".into())
@@ -54,9 +56,11 @@ pub fn environment() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("MACULA_PYTHON") {
         return Ok(path.into());
     }
-    let requirements = root().join(REQUIREMENTS);
-    let text = fs::read(&requirements).with_context(|| format!("read {}", requirements.display()))?;
-    let digest: String = Sha256::digest(&text).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let mut lists = Sha256::new();
+    for list in [REQUIREMENTS, TOOLS] {
+        lists.update(fs::read(root().join(list)).with_context(|| format!("read {list}"))?);
+    }
+    let digest: String = lists.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
     let folder = target()?.join(format!("python-{digest}"));
     let program = folder.join("bin/python");
     let complete = folder.join("complete");
@@ -66,7 +70,8 @@ pub fn environment() -> Result<PathBuf> {
         let install = &mut Command::new(&program);
         step("get uv", install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"]))?;
         let fill = &mut Command::new(folder.join("bin/uv"));
-        fill.args(["pip", "install", "--quiet", "--python"]).arg(&program).arg("--requirement").arg(&requirements);
+        fill.args(["pip", "install", "--quiet", "--python"]).arg(&program);
+        fill.current_dir(root()).args(["--requirement", REQUIREMENTS, "--requirement", TOOLS]);
         step("fill it (PyTorch, diffusers and others; some 6 GB)", fill)?;
         fs::write(&complete, "").with_context(|| format!("write {}", complete.display()))?;
     }
