@@ -9,6 +9,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::python_abi;
+
 /// The sections in the order of the header: a type is declared above its first use.
 const SECTIONS: &[&str] = &[
     "version",
@@ -45,10 +47,11 @@ pub fn generate(root: &Path) -> Result<String> {
     Ok(header)
 }
 
-/// Writes the header into the source tree.
+/// Writes the header into the source tree, and what is made from it.
 pub fn write(root: &Path) -> Result<()> {
     let path = root.join("include/macula.h");
     let text = generate(root)?;
+    python_abi::write(root, &text)?;
     if std::fs::read_to_string(&path).is_ok_and(|old| old == text) {
         return Ok(());
     }

@@ -9,7 +9,9 @@ mod install;
 mod licences;
 mod place;
 mod python;
+mod python_abi;
 mod test;
+mod wheel;
 
 use std::path::PathBuf;
 
@@ -49,7 +51,7 @@ enum Command {
         #[arg(long)]
         full: bool,
     },
-    /// Write include/macula.h anew from the exported functions
+    /// Write include/macula.h, and from it the Python package's signatures, anew from the exported functions
     Header,
     /// Install the library, its header, packages for pkg-config and CMake, and ONNX Runtime
     Install {
@@ -59,6 +61,15 @@ enum Command {
         /// A folder with libmacula.so and libmacula.a, to install those instead of a release build
         #[arg(long)]
         built: Option<PathBuf>,
+    },
+    /// Build the Python package as a wheel with the native library in it, into out/
+    Wheel {
+        /// A folder with libmacula.so and libmacula.a, to take those instead of a release build
+        #[arg(long)]
+        built: Option<PathBuf>,
+        /// The folder to write to
+        #[arg(long)]
+        out: Option<PathBuf>,
     },
     /// Get ONNX Runtime and the Python environment, and print how to use them by hand
     Setup,
@@ -72,6 +83,7 @@ fn main() -> Result<()> {
         Command::Eval { what, full } => eval::run(what, full),
         Command::Header => header::write(&place::root()),
         Command::Install { prefix, built } => install::run(&prefix, built.as_deref()),
+        Command::Wheel { built, out } => wheel::run(built.as_deref(), out),
         Command::Setup => setup(),
     }
 }

@@ -1,0 +1,25 @@
+"""Look inside ONNX diffusion models and steer them: concept neurons, composed and ablated.
+
+`Pipeline` opens a model folder and draws, `Concept` is a set of neurons; `macula.h` of the native library is the manual.
+"""
+
+from ._abi import (
+    ConvolutionSearch, LogLevel, Method, Optimization, Provider, Role, Sampler, Scope, Status,
+)
+from ._library import version as _version
+from .concepts import Concept, Layer, Overlap
+from .errors import Cancelled, InvalidArgument, MaculaError, OutOfMemory
+from .images import Images, read_image, write_png
+from .jobs import CancelToken, Progress
+from .options import DiscoverOptions, DrawOptions, SessionOptions
+from .pipeline import Embedding, Memory, Pipeline, Term
+from .runtime import Runtime
+
+__version__ = _version()
+
+__all__ = [
+    "CancelToken", "Cancelled", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions", "Embedding", "Images",
+    "InvalidArgument", "Layer", "LogLevel", "MaculaError", "Memory", "Method", "Optimization", "OutOfMemory", "Overlap",
+    "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Scope", "SessionOptions", "Status", "Term",
+    "read_image", "write_png",
+]

@@ -1,0 +1,368 @@
+"""Tests of the Python package, run by an environment that has nothing but its wheel, NumPy and tqdm.
+
+Arguments: the repository, a folder to write in, and the file of what the C compiler says of macula.h.
+"""
+
+import ctypes
+import gc
+import io
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import unittest
+from contextlib import redirect_stderr
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+import macula
+from macula import _abi, _library
+
+ROOT, FOLDER, LAYOUT = map(Path, sys.argv[1:4])
+MODEL = ROOT / "models/emoji/onnx"
+QUICK = {"steps": 2, "guidance": 1.0, "seed": 7}
+
+
+def first_weights(pipeline, count):
+    """A concept of the first weights of every projection."""
+    layers = {one.path: ((one.out_features, one.in_features), range(count)) for one in pipeline.projections}
+    return macula.Concept.create(layers, pipeline.fingerprint, title="a test", trigger="cat")
+
+
+class WithPipeline(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.pipeline = macula.Pipeline(MODEL)
+        cls.base = cls.pipeline.draw("a cat", **QUICK)[0].copy()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.pipeline.close()
+
+    def assert_draws_as_before(self):
+        np.testing.assert_array_equal(self.pipeline.draw("a cat", **QUICK)[0], self.base)
+
+
+class Signatures(unittest.TestCase):
+    """ctypes believes what it is told, so everything is held against the C compiler and the list of exports."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.said = [json.loads(line) for line in LAYOUT.read_text().splitlines()]
+
+    def test_every_export_is_bound(self):
+        exports = (ROOT / "include/exports.txt").read_text().split()
+        self.assertEqual(sorted(_abi.FUNCTIONS), exports)
+
+    def test_structs_lie_as_in_c(self):
+        structs = [one for one in self.said if one["kind"] == "struct"]
+        self.assertGreater(len(structs), 15)
+        bound = {name for name, one in vars(_abi).items() if isinstance(one, type) and issubclass(one, _abi.Struct)}
+        self.assertEqual(bound - {"Struct"}, {one["name"] for one in structs})
+        for said in structs:
+            struct = getattr(_abi, said["name"])
+            members = [[name, getattr(struct, name).offset, getattr(struct, name).size] for name, *_ in struct._fields_]
+            self.assertEqual((ctypes.sizeof(struct), members), (said["size"], said["members"]), said["name"])
+            if "initial" in said:
+                self.assertEqual(bytes(struct.new()).hex(), said["initial"], said["name"])
+
+    def test_functions_take_what_c_takes(self):
+        functions = [one for one in self.said if one["kind"] == "function"]
+        self.assertEqual({one["name"] for one in functions}, set(_abi.FUNCTIONS))
+        for said in functions:
+            result, parameters = _abi.FUNCTIONS[said["name"]]
+            self.assertEqual(len(parameters), len(said["parameters"]), said["name"])
+            for bound, wanted in zip([result, *parameters], [said["result"], *said["parameters"]]):
+                self.assertEqual(self.described(bound), wanted, said["name"])
+
+    @staticmethod
+    def described(bound):
+        """`["pointer", what to]`, or `["number", bytes]`."""
+        if bound is ctypes.c_void_p:
+            return ["pointer", ""]
+        if bound is ctypes.c_char_p:
+            return ["pointer", "char"]
+        if hasattr(bound, "contents"):
+            to = bound._type_
+            return ["pointer", to.__name__ if issubclass(to, ctypes.Structure) else f"{ctypes.sizeof(to)} bytes"]
+        return ["number", ctypes.sizeof(bound)]
+
+
+class Drawing(WithPipeline):
+    def test_the_readme_runs(self):
+        readme = (ROOT / "bindings/python/README.md").read_text()
+        code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+        code = code.replace('"models/', f'"{ROOT}/models/').replace('"apple.png"', f'"{FOLDER}/apple.png"')
+        with mock.patch("builtins.print") as told:
+            exec(code, {})
+        self.assertGreater(told.call_count, 20)
+        self.assertTrue((FOLDER / "apple.png").read_bytes().startswith(b"\x89PNG"))
+
+    def test_pictures_share_the_librarys_memory(self):
+        images = self.pipeline.draw("a cat", batch=2, **QUICK)
+        view = _abi.macula_image()
+        _library.check(_library.library.macula_images_get(images.pointer, 1, ctypes.byref(view)))
+        second = images[1]
+        self.assertEqual(second.ctypes.data, ctypes.addressof(view.rgb.contents))
+        self.assertFalse(second.flags.writeable)
+        self.assertEqual(([len(images), len(images[:]), images[-1].shape]), [2, 2, self.base.shape])
+        before = second.copy()
+        del images
+        gc.collect()
+        self.pipeline.draw("a dog", **QUICK)
+        np.testing.assert_array_equal(second, before)
+
+    def test_pictures_are_written_and_read(self):
+        macula.write_png(self.base, FOLDER / "base.png")
+        read = macula.read_image(FOLDER / "base.png", *self.pipeline.size)
+        np.testing.assert_array_equal(read, self.base)
+        with self.assertRaisesRegex(ValueError, r"\[H, W, 3\] of uint8"):
+            macula.write_png(self.base.astype(np.float32), FOLDER / "no.png")
+
+    def test_start_noise_and_pictures_are_taken(self):
+        noise = np.random.default_rng(1).standard_normal((1, *self.pipeline.latent_shape), dtype=np.float32)
+        one, other = (self.pipeline.draw("a cat", noise=noise, **QUICK | {"seed": seed})[0] for seed in (1, 2))
+        np.testing.assert_array_equal(one, other)
+        kept = self.pipeline.draw("a cat", start_image=self.base, start_step=49, **QUICK | {"steps": 50})[0]
+        self.assertLess(np.abs(kept.astype(int) - self.base).mean(), 8)
+
+    def test_progress_is_told(self):
+        told = []
+        self.pipeline.draw("a cat", preview=True, progress=lambda now: told.append((now.done, now.latent, now.preview)), **QUICK)
+        self.assertEqual([done for done, *_ in told], [0, 1, 2])
+        latent, preview = told[-1][1:]
+        self.assertEqual((latent.shape[1:], preview.shape), (self.pipeline.latent_shape, self.base.shape))
+        bar = io.StringIO()
+        with redirect_stderr(bar):
+            self.pipeline.draw("a cat", progress=True, **QUICK)
+        self.assertIn("2/2", bar.getvalue())
+
+    def test_what_progress_raises_stops_the_job(self):
+        def stop(now):
+            raise KeyError(now.done)
+
+        for thread in ("main", "other"):
+            with self.subTest(thread), self.assertRaises(KeyError):
+                on_thread(thread, lambda: self.pipeline.draw("a cat", progress=stop, **QUICK))
+        self.assert_draws_as_before()
+
+    def test_a_token_stops_from_another_thread(self):
+        token = macula.CancelToken()
+        timer = threading.Timer(0.2, token.cancel)
+        timer.start()
+        with self.assertRaises(macula.Cancelled) as raised:
+            self.pipeline.draw("a cat", cancel=token, **QUICK | {"steps": 1000})
+        self.assertEqual((raised.exception.status, token.cancelled), (macula.Status.CANCELLED, True))
+        token.reset()
+        self.pipeline.draw("a cat", cancel=token, **QUICK)
+
+    def test_control_c_stops_a_job_and_leaves_tokens_alone(self):
+        # Python leaves a signal ignored that was ignored when it started, as in a shell's background job.
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        token = macula.CancelToken()
+        for progress in (None, lambda now: None):
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            start = time.monotonic()
+            with self.assertRaises(KeyboardInterrupt):
+                self.pipeline.draw("a cat", cancel=token, progress=progress, **QUICK | {"steps": 1000})
+            self.assertLess(time.monotonic() - start, 10)
+            self.assertFalse(token.cancelled)
+            timer.join()
+        self.assert_draws_as_before()
+
+    def test_a_second_job_is_busy(self):
+        def second(now):
+            self.pipeline.encode_prompt("a cat")
+
+        with self.assertRaises(macula.MaculaError) as raised:
+            self.pipeline.draw("a cat", progress=second, **QUICK)
+        self.assertEqual(raised.exception.status, macula.Status.BUSY)
+
+    def test_other_threads_run_during_a_call(self):
+        """With the GIL held, the longest wait of the other thread would be the whole call."""
+        ended, moments = threading.Event(), []
+
+        def count():
+            while not ended.is_set():
+                moments.append(time.monotonic())
+                time.sleep(0.001)
+
+        images = ctypes.c_void_p()
+        options = _abi.macula_draw_options.new()
+        options.prompt, options.steps, options.guidance = b"a cat", 20, 1.0
+        other = threading.Thread(target=count)
+        other.start()
+        start = time.monotonic()
+        status = _library.library.macula_pipeline_draw(self.pipeline.pointer, ctypes.byref(options), ctypes.byref(images))
+        end = time.monotonic()
+        ended.set()
+        other.join()
+        _library.check(status)
+        macula.Images(images.value)
+        during = [start, *(moment for moment in moments if start < moment < end), end]
+        self.assertLess(max(np.diff(during)), (end - start) / 2)
+
+
+class Concepts(WithPipeline):
+    def test_composing_acts_and_clearing_restores(self):
+        few, many = first_weights(self.pipeline, 8), first_weights(self.pipeline, 64)
+        self.pipeline.compose(many, macula.Term(few, strength=0.5))
+        self.assertTrue((self.pipeline.draw("a cat", **QUICK)[0] != self.base).any())
+        self.pipeline.clear()
+        self.assert_draws_as_before()
+        self.pipeline.compose(macula.Term(many, scope="local", words="cat"))
+        self.pipeline.draw("a cat", **QUICK)
+        self.pipeline.compose(macula.Term(many, scope=macula.Scope.LOCAL, tokens=[1, 2]))
+        self.assertTrue((self.pipeline.draw("a cat", **QUICK)[0] != self.base).any())
+        self.pipeline.compose()
+        self.assert_draws_as_before()
+
+    def test_sets_are_those_of_python(self):
+        rng = np.random.default_rng(3)
+        weights = {"b.to_k": (4, 8), "a.to_v": (6, 8)}
+        sets = [
+            {path: np.flatnonzero(rng.random(rows * columns) < 0.4) for path, (rows, columns) in weights.items()}
+            for _ in range(2)
+        ]
+        one, other = (
+            macula.Concept.create({path: (weights[path], chosen[path]) for path in weights}, "ab" * 32) for chosen in sets
+        )
+        for made, operation in [(one | other, set.union), (one & other, set.intersection), (one - other, set.difference)]:
+            for at, layer in enumerate(made.layers):
+                wanted = operation(*(set(chosen[layer.path].tolist()) for chosen in sets))
+                self.assertEqual(made.indices(at).tolist(), sorted(wanted))
+        both, either = (one & other).neurons, (one | other).neurons
+        self.assertEqual(one.overlap(other), macula.Overlap(both, either, both / either))
+        self.assertEqual(sum(layer.union for layer in one.overlap_by_layer(other).values()), either)
+
+    def test_files_keep_everything(self):
+        concept = first_weights(self.pipeline, 8)
+        concept.save(FOLDER / "few.safetensors")
+        for read in (macula.Concept.load(FOLDER / "few.safetensors"),
+                     macula.Concept.from_bytes((FOLDER / "few.safetensors").read_bytes())):
+            self.assertEqual((read.metadata, read.layers), (concept.metadata, concept.layers))
+            self.assertEqual((read.trigger, read.title, read.role, read.scope), ("cat", "a test", 0, 1))
+            self.assertAlmostEqual(read.density, read.neurons / read.weights)
+
+    def test_a_search_is_told_and_stopped(self):
+        stages = []
+
+        def stop(now):
+            stages.append(now.stage)
+            raise InterruptedError
+
+        pictures = [self.base, self.base]
+        with self.assertRaises(InterruptedError):
+            self.pipeline.discover(pictures, "<s1>", "cat", prompts=["a <s1> cat"] * 2, batches=13, progress=stop)
+        self.assertEqual(len(stages), 1)
+        with self.assertRaisesRegex(macula.InvalidArgument, "no such trigger"):
+            self.pipeline.discover(pictures, "no such trigger", "cat")
+
+
+class Denoising(WithPipeline):
+    def inputs(self):
+        context = self.pipeline.encode_prompt("a cat").context
+        sample = np.random.default_rng(5).standard_normal((1, *self.pipeline.latent_shape), dtype=np.float32)
+        return sample, context
+
+    def test_arrays_are_read_and_written_where_they_lie(self):
+        sample, context = self.inputs()
+        labels = np.zeros(1, dtype=np.int64)
+        predicted = self.pipeline.denoise(sample, 500, context, class_labels=labels)
+        self.assertEqual(predicted.shape, sample.shape)
+        inside = sample.copy()
+        self.assertIs(self.pipeline.denoise(inside, 500, context, class_labels=labels, out=inside), inside)
+        np.testing.assert_array_equal(inside, predicted)
+        strided = np.repeat(sample, 2, axis=3)[..., ::2]
+        np.testing.assert_array_equal(self.pipeline.denoise(strided, 500, context, class_labels=labels), predicted)
+        with self.assertRaisesRegex(ValueError, "writeable float32"):
+            self.pipeline.denoise(sample, 500, context, class_labels=labels, out=sample.astype(np.float64))
+
+    def test_a_call_costs_little_python(self):
+        """CPU time of this thread with the native function left out, so that other load does not matter."""
+        sample, context = self.inputs()
+        out, labels = np.empty_like(sample), np.zeros(1, dtype=np.int64)
+        calls = 2000
+        with mock.patch.object(_library.library, "macula_pipeline_denoise", lambda *_: 0):
+            start = time.thread_time()
+            for _ in range(calls):
+                self.pipeline.denoise(sample, 500, context, class_labels=labels, out=out)
+            overhead = (time.thread_time() - start) / calls * 1e6
+        (FOLDER / "figures.json").write_text(json.dumps({"python_overhead_us": round(overhead, 1)}))
+        self.assertLess(overhead, 200)
+
+
+class Errors(WithPipeline):
+    def test_failures_have_a_status(self):
+        with self.assertRaises(macula.MaculaError) as raised:
+            macula.Pipeline("/nowhere")
+        self.assertEqual(raised.exception.status, macula.Status.NOT_FOUND)
+        self.assertIn("/nowhere", str(raised.exception))
+        with self.assertRaises(ValueError):
+            self.pipeline.draw("a cat", width=7)
+        with self.assertRaises(macula.MaculaError) as raised:
+            self.pipeline.compose(macula.Concept.create({"a.to_k": ((4, 8), [1])}, "ab" * 32))
+        self.assertEqual(raised.exception.status, macula.Status.WRONG_BASE)
+
+    def test_options_are_checked(self):
+        with self.assertRaisesRegex(TypeError, "'stepz' is no option; there are .*steps"):
+            self.pipeline.draw("a cat", stepz=3)
+        for wrong in (-1, 2**32, 2**40 + 2):
+            with self.assertRaisesRegex(ValueError, "out of range"):
+                self.pipeline.draw("a cat", steps=wrong)
+        with self.assertRaisesRegex(TypeError, "steps = 2.5"):
+            self.pipeline.draw("a cat", steps=2.5)
+        with self.assertRaisesRegex(ValueError, "no Sampler: .*ddim"):
+            self.pipeline.draw("a cat", sampler="quick")
+        with self.assertRaisesRegex(ValueError, "NUL"):
+            self.pipeline.draw("a\0cat")
+        for sampler in ("ddim", macula.Sampler.DDIM):
+            self.pipeline.draw("a cat", sampler=sampler, **QUICK)
+
+    def test_what_is_closed_is_refused(self):
+        pipeline = macula.Pipeline(MODEL, threads=1)
+        with pipeline:
+            self.assertEqual(pipeline.provider, "CPUExecutionProvider")
+            self.assertGreater(pipeline.memory.weights, 0)
+        pipeline.close()
+        with self.assertRaisesRegex(ValueError, "closed"):
+            pipeline.draw("a cat")
+
+    def test_the_log_is_pythons(self):
+        heard = []
+        with macula.Runtime(log=lambda *message: heard.append(message), log_level="debug") as runtime:
+            macula.Pipeline(MODEL, runtime).close()
+            self.assertIn("native/onnxruntime", runtime.path)
+            self.assertIn("CPUExecutionProvider", runtime.providers)
+        self.assertTrue(heard)
+        with self.assertLogs("macula", "DEBUG"), macula.Runtime(log_level="debug") as runtime:
+            macula.Pipeline(MODEL, runtime).close()
+
+
+def on_thread(name, work):
+    """Runs `work` here or on another thread, and raises what it raised."""
+    if name == "main":
+        return work()
+    raised = []
+
+    def kept():
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=kept)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+if __name__ == "__main__":
+    unittest.main(argv=sys.argv[:1], verbosity=1)
