@@ -12,21 +12,19 @@ use std::process::Command;
 use std::sync::LazyLock;
 
 use install::{text, tool};
-use tempfile::TempDir;
 
-/// A folder with the moved tree in it; the blank in its name is one that users have.
-static MOVED: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
-    let folder = tempfile::tempdir().unwrap();
-    let first = folder.path().join("first");
+/// The moved tree; the blank in its path is one that users have.
+static MOVED: LazyLock<PathBuf> = LazyLock::new(|| {
+    let folder = install::empty_folder("install");
+    let (first, moved) = (folder.join("first"), folder.join("moved/in here"));
     install::install(&first);
-    let moved = folder.path().join("moved/in here");
-    std::fs::create_dir(folder.path().join("moved")).unwrap();
+    std::fs::create_dir(folder.join("moved")).unwrap();
     std::fs::rename(&first, &moved).unwrap();
-    (folder, moved)
+    moved
 });
 
 fn prefix() -> &'static Path {
-    &MOVED.1
+    &MOVED
 }
 
 fn sources() -> PathBuf {

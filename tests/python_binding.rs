@@ -17,25 +17,29 @@ use std::sync::LazyLock;
 
 use c::Bench;
 use install::{text, tool, xtask};
-use tempfile::TempDir;
 
 /// An `onnxruntime` that is older than the one of the tests.
 const OLDER: &str = "1.23.2";
 
-/// An environment with the wheel, NumPy and tqdm, and the folder that it lies in.
-static ENVIRONMENT: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
-    let folder = tempfile::tempdir().unwrap();
+/// A folder with an environment that has the wheel, NumPy and tqdm.
+static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
+    let folder = install::empty_folder("python");
     let library = c::library();
-    xtask(&["wheel", "--built", text(library.parent().unwrap()), "--out", text(folder.path())]);
+    xtask(&["wheel", "--built", text(library.parent().unwrap()), "--out", text(&folder)]);
     let name = format!("macula-{}-py3-none-linux_x86_64.whl", env!("CARGO_PKG_VERSION"));
-    let wheel = folder.path().join(name);
+    let wheel = folder.join(name);
     assert!(wheel.is_file(), "there is no {}", wheel.display());
-    let environment = folder.path().join("environment");
+    let environment = folder.join("environment");
     c::succeed(tool("uv").args(["venv", "--quiet", "--python"]).arg(support::interpreter()).arg(&environment));
-    let python = environment.join("bin/python");
-    install_packages(&["--python", text(&python), &format!("{}[progress]", wheel.display())]);
-    (folder, python)
+    let interpreter = environment.join("bin/python");
+    install_packages(&["--python", text(&interpreter), &format!("{}[progress]", wheel.display())]);
+    folder
 });
+
+/// The Python of the environment.
+fn interpreter() -> PathBuf {
+    FOLDER.join("environment/bin/python")
+}
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -52,8 +56,8 @@ fn install_packages(arguments: &[&str]) {
 
 /// Runs a script of `tests/python` in the environment, where nothing tells the package where ONNX Runtime is.
 fn python(script: &str) -> Command {
-    let mut command = Command::new(&ENVIRONMENT.1);
-    command.current_dir(ENVIRONMENT.0.path()).arg(root().join("tests/python").join(script));
+    let mut command = Command::new(interpreter());
+    command.current_dir(&*FOLDER).arg(root().join("tests/python").join(script));
     for variable in ["MACULA_ONNXRUNTIME", "MACULA_LIBRARY", "PYTHONPATH"] {
         command.env_remove(variable);
     }
@@ -163,11 +167,11 @@ fn measured(c_type: &str) -> String {
 
 #[test]
 fn it_lives_beside_the_onnxruntime_package() {
-    let folder = ENVIRONMENT.0.path();
+    let folder = &*FOLDER;
     let ours = own_version();
     for version in [ours.as_str(), OLDER] {
         let package = format!("onnxruntime=={version}");
-        install_packages(&["--python", text(&ENVIRONMENT.1), "--target", text(&folder.join(version)), &package]);
+        install_packages(&["--python", text(&interpreter()), "--target", text(&folder.join(version)), &package]);
     }
     // Our version, and that of the package: the same, an older and a newer one.
     for (own, package) in [(&*ours, &*ours), (&*ours, OLDER), (OLDER, &*ours)] {

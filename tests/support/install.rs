@@ -6,6 +6,16 @@ use std::process::Command;
 
 use crate::{c, support};
 
+/// A folder of a test program that stays until its next run, for what is made once and used by several tests.
+pub fn empty_folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).expect("the folder of an earlier run goes away");
+    }
+    std::fs::create_dir_all(&folder).expect("a folder");
+    folder
+}
+
 /// Installs under `prefix` as `cargo xtask install` does, without building anything.
 pub fn install(prefix: &Path) {
     let library = c::library();
