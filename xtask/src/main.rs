@@ -1,5 +1,5 @@
-//! The project's command runner: everything that a fresh clone needs beyond Rust, a C compiler and Python 3 is set up
-//! by the command that needs it, under the target folder.
+//! The project's command runner: everything that a fresh clone needs beyond Rust, compilers for C and C++, and Python 3
+//! is set up by the command that needs it, under the target folder.
 
 mod bench;
 mod demo;

@@ -83,7 +83,7 @@ class Pipeline(Closable):
     """An opened text-to-image model. It does one job at a time; a second one, from another thread, raises `BUSY`."""
 
     def __init__(
-        self, folder: str | os.PathLike, runtime: Runtime | None = None, **session: "Unpack[SessionOptions]"
+        self, folder: str | os.PathLike, runtime: Runtime | None = None, **session: Unpack[SessionOptions]
     ):
         """Opens a folder in the diffusers ONNX layout; see `SessionOptions` for how it is run."""
         run_by = macula_session_options.new()
@@ -172,7 +172,7 @@ class Pipeline(Closable):
         start_image: np.ndarray | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
         cancel: CancelToken | None = None,
-        **options: "Unpack[DrawOptions]",
+        **options: Unpack[DrawOptions],
     ) -> Images:
         """Draws pictures; see `DrawOptions`.
 
@@ -199,7 +199,7 @@ class Pipeline(Closable):
         size: tuple[int, int] | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
         cancel: CancelToken | None = None,
-        **options: "Unpack[DiscoverOptions]",
+        **options: Unpack[DiscoverOptions],
     ) -> Concept:
         """Finds the neurons of a subject from pictures of it; see `DiscoverOptions`.
 
