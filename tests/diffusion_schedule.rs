@@ -3,7 +3,8 @@
 mod support;
 
 use macula::Status;
-use macula::diffusion::schedule::{Plan, PlanOptions, Sampler, SchedulerConfig, Trajectory};
+use macula::diffusion::decomposed::Trajectory;
+use macula::diffusion::schedule::{Plan, PlanOptions, Sampler, SchedulerConfig};
 use serde_json::{Value, json};
 
 /// The model of `schedulers.py`.
@@ -46,8 +47,8 @@ fn every_state_agrees_with_diffusers() {
             assert!((ours - theirs).abs() <= 2e-3, "{name}: timesteps {timesteps:?} against {expected:?}");
         }
         let offset = case["offset"].as_u64().unwrap() as usize;
-        let mut sample = plan.begin(start_noise, (start > 0).then_some(clean)).unwrap();
-        let mut walk = Trajectory::new(plan);
+        let mut walk = Trajectory::new(plan.into(), [2, 3, 4, 4]).unwrap();
+        let mut sample = walk.begin(start_noise, (start > 0).then_some(clean)).unwrap();
         for step in 0..=timesteps.len() {
             let error = support::relative_error(&sample, part(offset + step * count));
             if error > 1e-4 {
@@ -56,9 +57,9 @@ fn every_state_agrees_with_diffusers() {
             if error > worst.0 {
                 worst = (error, format!("{name}: state {step}"));
             }
-            if let Some((index, coefficients)) = walk.current() {
-                let prediction = model(&walk.model_input(&sample).unwrap(), coefficients.timestep);
-                walk.step(&mut sample, &prediction, Some(noise(index))).unwrap();
+            if let Some((index, step)) = walk.current() {
+                let prediction = model(&walk.model_input(&sample).unwrap(), step.timestep());
+                walk.step(&mut sample, &prediction, Some(noise(index)), None).unwrap();
             }
         }
     }
@@ -166,13 +167,13 @@ fn plans_outside_their_ranges_are_refused() {
 fn a_walk_checks_what_it_is_given() {
     let config = SchedulerConfig::from_json(br#"{"_class_name": "DDPMScheduler"}"#, None).unwrap();
     let plan = Plan::new(&config, PlanOptions::new(2)).unwrap();
-    assert!(plan.begin(&[0.0; 4], Some(&[0.0; 3])).is_err());
-    let mut walk = Trajectory::new(plan);
+    let mut walk = Trajectory::new(plan.into(), [1, 1, 2, 2]).unwrap();
+    assert!(walk.begin(&[0.0; 4], Some(&[0.0; 3])).is_err());
     let mut sample = vec![0.5; 4];
-    assert!(walk.step(&mut sample, &[0.0; 3], Some(&[0.0; 4])).unwrap_err().message().contains("prediction"));
-    assert!(walk.step(&mut sample, &[0.0; 4], None).unwrap_err().message().contains("noise"));
-    walk.step(&mut sample, &[0.0; 4], Some(&[0.0; 4])).unwrap();
-    walk.step(&mut sample, &[0.0; 4], Some(&[0.0; 4])).unwrap();
+    assert!(walk.step(&mut sample, &[0.0; 3], Some(&[0.0; 4]), None).unwrap_err().message().contains("prediction"));
+    assert!(walk.step(&mut sample, &[0.0; 4], None, None).unwrap_err().message().contains("noise"));
+    walk.step(&mut sample, &[0.0; 4], Some(&[0.0; 4]), None).unwrap();
+    walk.step(&mut sample, &[0.0; 4], Some(&[0.0; 4]), None).unwrap();
     assert!(walk.current().is_none());
-    assert_eq!(walk.step(&mut sample, &[0.0; 4], None).unwrap_err().status(), Status::InvalidArgument);
+    assert_eq!(walk.step(&mut sample, &[0.0; 4], None, None).unwrap_err().status(), Status::InvalidArgument);
 }

@@ -192,7 +192,8 @@ fn walks_of_every_sampler_agree_with_diffusers() {
         };
         let walk = Walk {
             shape,
-            plan: Plan::new(&config, options).unwrap(),
+            plan: Plan::new(&config, options).unwrap().into(),
+            stage_class_labels: &[],
             guidance: Guidance { scale: 1.0, rescale: 0.0 },
             conditioning: &conditioning,
             noise: Noise { start: Some(&noises[25 * len..]), step: Some(&mut given), ..Noise::default() },
@@ -215,7 +216,8 @@ fn a_nan_is_named_by_its_step_and_a_cancelled_walk_leaves_no_trace() {
     let plan = Plan::new(&config, PlanOptions::new(6)).unwrap();
     let walk = |noise| Walk {
         shape: [2, 4, 8, 8],
-        plan: plan.clone(),
+        plan: plan.clone().into(),
+        stage_class_labels: &[],
         guidance: Guidance { scale: 1.0, rescale: 0.0 },
         conditioning: &conditioning,
         noise,

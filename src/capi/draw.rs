@@ -303,7 +303,7 @@ impl Inputs {
         let mut on_step = |report: &StepReport<'_>| {
             let preview = (options.preview != 0 && pixels).then(|| preview(report)).flatten();
             let preview = preview.as_ref().and_then(|images| macula_image::of(images, 0).ok());
-            let latent = macula_tensor::view(report.clean, &report.shape, MACULA_DTYPE_F32);
+            let latent = macula_tensor::view(report.clean, &report.clean_shape, MACULA_DTYPE_F32);
             let done = (report.step + 1).saturating_sub(step) as u64;
             teller.tell(c"denoise", done, steps, Some(&latent), preview.as_ref())
         };
@@ -321,7 +321,7 @@ impl Inputs {
 
 /// The first picture of a batch in pixel space.
 fn preview(report: &StepReport<'_>) -> Option<Images> {
-    let [batch, channels, height, width] = report.shape;
+    let [batch, channels, height, width] = report.clean_shape;
     let first = report.clean.get(..report.clean.len() / batch.max(1))?;
     Images::from_planes(first, [1, channels, height, width]).ok()
 }

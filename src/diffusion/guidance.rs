@@ -4,12 +4,12 @@
 
 use std::ops::ControlFlow;
 
+use super::decomposed::{Plan, Trajectory};
 use super::noise::standard_normal;
 use super::precision;
-use super::schedule::{Plan, Trajectory};
 use super::unet::{Conditioning, Unet};
 use crate::error::{Error, Result, Status};
-use crate::progress::Job;
+use crate::progress::{CancelToken, Job};
 
 /// How strongly predictions follow the text.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,7 +71,7 @@ fn deviation(values: &[f32]) -> f64 {
     (values.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / count).sqrt()
 }
 
-/// Fills in the noise `[B, C, H, W]` that the step of this index adds.
+/// Fills in the noise `[B, C, H, W]` that the step of this index adds, or the lift after it.
 pub type GivenNoise<'a> = &'a mut (dyn FnMut(usize, &mut [f32]) + 'a);
 
 /// Where noise comes from. Values are standard normal.
@@ -81,10 +81,13 @@ pub struct Noise<'a> {
     pub seed: u64,
     /// The image number of the batch's first state; the others follow.
     pub first_image: u32,
-    /// The start noise `[B, C, H, W]`, if the host gives it.
+    /// The start noise `[B, C, H, W]`, of the size that the first step sees, if the host gives it.
     pub start: Option<&'a [f32]>,
     /// The noise that steps add, if the host gives it.
     pub step: Option<GivenNoise<'a>>,
+    /// The noise that lifts add, of the size that they lead to, if the host gives it. From the seed, a lift to stage `k`
+    /// has the step number `2^32 - 1 - k` of [`standard_normal`].
+    pub lift: Option<GivenNoise<'a>>,
 }
 
 /// What a step did.
@@ -96,12 +99,14 @@ pub struct StepReport<'a> {
     pub steps: usize,
     /// The timestep that the model was told.
     pub timestep: f64,
-    /// `[B, C, H, W]`.
-    pub shape: [usize; 4],
-    /// The next state.
+    /// The next state: coordinates of its stage.
     pub state: &'a [f32],
-    /// The clean state as it is predicted now.
+    /// `[B, C, H, W]` of the next state.
+    pub shape: [usize; 4],
+    /// The clean state as it is predicted now, in units of the full-sized one.
     pub clean: &'a [f32],
+    /// `[B, C, H, W]` of the clean state: the size that the model saw.
+    pub clean_shape: [usize; 4],
 }
 
 /// Told of every step; [`ControlFlow::Break`] cancels.
@@ -109,10 +114,12 @@ pub type OnStep<'a> = &'a mut (dyn FnMut(&StepReport<'_>) -> ControlFlow<()> + '
 
 /// What is drawn.
 pub struct Walk<'a, 'c> {
-    /// `[B, C, H, W]` of the states.
+    /// `[B, C, H, W]` of the clean states at the end.
     pub shape: [usize; 4],
     /// The steps.
     pub plan: Plan,
+    /// The class label of each stage; empty where the conditioning's own hold for all.
+    pub stage_class_labels: &'a [i64],
     /// Guidance; if it needs an unconditional pass, the conditioning's first half is unconditional.
     pub guidance: Guidance,
     /// For `B` states, or `2 B`: unconditional, then conditional.
@@ -126,23 +133,20 @@ pub struct Walk<'a, 'c> {
 }
 
 impl Walk<'_, '_> {
-    /// Runs all steps and gives the last state `[B, C, H, W]`. The UNet keeps its composition.
+    /// Runs all steps and gives the last state `[B, C, H, W]`. The UNet keeps its composition: keys and values do not
+    /// depend on the size, so it acts at all stages.
     ///
     /// # Errors
     /// [`Status::InvalidArgument`] for sizes that do not fit together and those of [`Unet::denoise`];
+    /// before the first step, those of [`Unet::rehearse`] for a stage whose size the UNet refuses, naming it;
     /// [`Status::NotFinite`], naming the step, as soon as a prediction holds a NaN or infinity; [`Status::Cancelled`].
     pub fn run(self, unet: &mut Unet, job: &mut Job<'_>) -> Result<Vec<f32>> {
-        let Self { shape, plan, guidance, conditioning, noise, clean, mut on_step } = self;
-        let Noise { seed, first_image, start, step: mut given_noise } = noise;
+        let Self { shape, plan, stage_class_labels, guidance, conditioning, mut noise, clean, mut on_step } = self;
         guidance.check()?;
         let batch = shape[0];
-        let state_len = shape[1..].iter().try_fold(1_usize, |product, size| product.checked_mul(*size));
-        let (Some(state_len), Some(len)) =
-            (state_len, state_len.and_then(|state| state.checked_mul(batch)).filter(|len| *len > 0))
-        else {
-            return Err(Error::invalid_argument(format!("a state of shape {shape:?} is empty or too large")));
-        };
         let passes = if guidance.needs_unconditional() { 2 } else { 1 };
+        let (first, steps, total) = (plan.start(), plan.steps().len(), plan.len() as u64);
+        let mut trajectory = Trajectory::new(plan, shape)?;
         if conditioning.batch != batch * passes {
             return Err(Error::invalid_argument(format!(
                 "the conditioning has a batch of {}, {batch} states with guidance scale {} need {}",
@@ -151,74 +155,62 @@ impl Walk<'_, '_> {
                 batch * passes
             )));
         }
-        if clean.is_none() && plan.start > 0 {
+        if clean.is_none() && first > 0 {
             return Err(Error::invalid_argument(format!(
-                "a walk that starts at step {} needs a clean state to start from",
-                plan.start
+                "a walk that starts at step {first} needs a clean state to start from"
             )));
         }
-        let from_seed = |step: u32, out: &mut [f32]| {
-            for (image, out) in out.chunks_exact_mut(state_len).enumerate() {
-                standard_normal(seed, first_image.wrapping_add(image as u32), step, out);
-            }
-        };
-        let mut fresh = Vec::new();
-        fresh.try_reserve_exact(len)?;
-        fresh.resize(len, 0.0_f32);
-        match start {
-            Some(start) if start.len() == len => fresh.copy_from_slice(start),
-            Some(start) => {
-                return Err(Error::invalid_argument(format!(
-                    "the start noise has {} values, {shape:?} needs {len}",
-                    start.len()
-                )));
-            }
-            None => from_seed(0, &mut fresh),
-        }
+        let start = noise.start_of(trajectory.shape())?;
         unet.set_conditioning(conditioning)?;
-        let mut state = plan.begin(&fresh, clean)?;
-        let (first, steps) = (plan.start, plan.steps.len());
-        let total = plan.len() as u64;
-        let mut trajectory = Trajectory::new(plan);
+        if trajectory.stage() > 0 {
+            rehearse(unet, &trajectory, passes, &job.cancel)?;
+        }
+        let mut state = trajectory.begin(&start, clean)?;
+        drop(start);
+        let mut labelled = None;
         while let Some((index, step)) = trajectory.current() {
-            let (timestep, needs_noise) = (step.timestep, step.needs_noise());
+            let (timestep, needs_noise, lifts) = (step.timestep(), step.needs_noise(), step.lift.is_some());
+            let (stage, here) = (step.stage, trajectory.shape());
             job.step("denoise", (index - first) as u64, total)?;
+            if let Some(label) = stage_class_labels.get(stage).filter(|_| labelled != Some(stage)) {
+                unet.set_class_labels(&vec![*label; batch * passes])?;
+                labelled = Some(stage);
+            }
             let mut input = trajectory.model_input(&state)?;
+            let len = input.len();
             if passes == 2 {
                 input.try_reserve_exact(len)?;
                 input.extend_from_within(..);
             }
-            let model_shape = [batch * passes, shape[1], shape[2], shape[3]];
-            let prediction = unet.denoise(&input, model_shape, timestep, &job.cancel)?;
-            let finite = |values: &[f32], what: &str| match values.iter().position(|value| !value.is_finite()) {
-                None => Ok(()),
-                Some(at) => Err(Error::new(
-                    Status::NotFinite,
-                    format!(
-                        "{what} of image {} is not finite at step {} of {steps} (timestep {timestep})",
-                        at / state_len % batch,
-                        index + 1
-                    ),
-                )),
+            let prediction = unet.denoise(&input, times_batch(here, passes), timestep, &job.cancel)?;
+            let finite = |values: &[f32], states: usize, what: &str| {
+                let Some(at) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
+                let image = at / (values.len() / states) % batch;
+                let step = index + 1;
+                let text =
+                    format!("{what} of image {image} is not finite at step {step} of {steps} (timestep {timestep})");
+                Err(Error::new(Status::NotFinite, text))
             };
-            finite(&prediction, "the prediction")?;
+            finite(&prediction, batch * passes, "the prediction")?;
             let prediction = match passes {
                 2 => guidance.combine(&prediction[..len], &prediction[len..], batch)?,
                 _ => prediction,
             };
-            let added = if needs_noise {
-                match &mut given_noise {
-                    Some(given) => given(index, &mut fresh),
-                    None => from_seed(index as u32 + 1, &mut fresh),
-                }
-                Some(fresh.as_slice())
-            } else {
-                None
-            };
-            let clean = trajectory.step(&mut state, &prediction, added)?;
-            finite(&state, "the state")?;
+            let added = if needs_noise { Some(noise.of_step(index, here)?) } else { None };
+            let lifted =
+                if lifts { Some(noise.of_lift(index, stage - 1, trajectory.shape_at(stage - 1))?) } else { None };
+            let clean = trajectory.step(&mut state, &prediction, added.as_deref(), lifted.as_deref())?;
+            finite(&state, batch, "the state")?;
             if let Some(on_step) = &mut on_step {
-                let report = StepReport { step: index, steps, timestep, shape, state: &state, clean: &clean };
+                let report = StepReport {
+                    step: index,
+                    steps,
+                    timestep,
+                    state: &state,
+                    shape: trajectory.shape(),
+                    clean: &clean,
+                    clean_shape: here,
+                };
                 if on_step(&report).is_break() {
                     return Err(Error::new(
                         Status::Cancelled,
@@ -230,6 +222,71 @@ impl Walk<'_, '_> {
         job.step("denoise", total, total)?;
         Ok(state)
     }
+}
+
+/// Meets a stage whose size the UNet refuses before the first step rather than in the middle of the walk. The conditioning
+/// is for `passes` times the batch.
+pub(super) fn rehearse(unet: &mut Unet, trajectory: &Trajectory, passes: usize, cancel: &CancelToken) -> Result<()> {
+    for stage in (0..=trajectory.stage()).rev() {
+        let shape = trajectory.shape_at(stage);
+        unet.rehearse(times_batch(shape, passes), cancel).map_err(|error| {
+            error.at(format_args!("the UNet refuses stage {stage} of the schedule, {} x {}", shape[3], shape[2]))
+        })?;
+    }
+    Ok(())
+}
+
+fn times_batch([batch, channels, height, width]: [usize; 4], passes: usize) -> [usize; 4] {
+    [batch * passes, channels, height, width]
+}
+
+impl Noise<'_> {
+    fn start_of(&self, shape: [usize; 4]) -> Result<Vec<f32>> {
+        match self.start {
+            None => self.from_seed(0, shape),
+            Some(start) if start.len() == shape.iter().product::<usize>() => {
+                precision::collect(start.len(), start.iter().copied())
+            }
+            Some(start) => Err(Error::invalid_argument(format!(
+                "the start noise has {} values, {shape:?} needs {}",
+                start.len(),
+                shape.iter().product::<usize>()
+            ))),
+        }
+    }
+
+    fn of_step(&mut self, index: usize, shape: [usize; 4]) -> Result<Vec<f32>> {
+        match &mut self.step {
+            Some(given) => fill(shape, |out| given(index, out)),
+            None => self.from_seed(index as u32 + 1, shape),
+        }
+    }
+
+    fn of_lift(&mut self, index: usize, stage: usize, shape: [usize; 4]) -> Result<Vec<f32>> {
+        match &mut self.lift {
+            Some(given) => fill(shape, |out| given(index, out)),
+            None => self.from_seed(u32::MAX - stage as u32, shape),
+        }
+    }
+
+    fn from_seed(&self, step: u32, shape: [usize; 4]) -> Result<Vec<f32>> {
+        let one = shape[1..].iter().product();
+        fill(shape, |out| {
+            for (image, out) in out.chunks_exact_mut(one).enumerate() {
+                standard_normal(self.seed, self.first_image.wrapping_add(image as u32), step, out);
+            }
+        })
+    }
+}
+
+/// A state of this shape, which [`Trajectory::new`] has checked.
+fn fill(shape: [usize; 4], with: impl FnOnce(&mut [f32])) -> Result<Vec<f32>> {
+    let len = shape.iter().product();
+    let mut values = Vec::new();
+    values.try_reserve_exact(len)?;
+    values.resize(len, 0.0);
+    with(&mut values);
+    Ok(values)
 }
 
 #[cfg(test)]

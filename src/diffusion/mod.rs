@@ -4,6 +4,7 @@
 //! This room knows nothing of ONNX Runtime's types; it speaks to [`crate::runtime`]. What a concept is, is decided below,
 //! in [`crate::concept`].
 
+pub mod decomposed;
 mod folder;
 pub mod guidance;
 pub mod noise;

@@ -4,6 +4,7 @@
 //! once for a prompt and a composition by [`crate::concept`], and bound for all steps; composing concepts rebuilds
 //! nothing and never writes a weight. This file knows shapes and bindings; it knows no schedules, prompts or guidance.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -93,6 +94,8 @@ pub struct Unet {
     shape: UnetShape,
     composition: Composition,
     prompt: Option<Prompt>,
+    /// Shapes of states for which a prediction has succeeded.
+    proven: BTreeSet<[usize; 4]>,
 }
 
 /// What can be composed.
@@ -160,6 +163,7 @@ impl Unet {
             shape,
             composition: Composition::new(),
             prompt: None,
+            proven: BTreeSet::new(),
         })
     }
 
@@ -298,28 +302,63 @@ impl Unet {
                 self.binding.bind_input(name, precision::from_f32(dtype, &shape, values)?)?;
             }
         }
-        if let Some((port, labels)) = self.part(CLASS_LABELS, conditioning.class_labels.as_ref())? {
-            if labels.len() != batch {
-                return Err(Error::invalid_argument(format!(
-                    "{CLASS_LABELS:?} has {} values, the batch has {batch}",
-                    labels.len()
-                )));
-            }
-            let tensor = match port.dtype {
-                ElementType::I64 => Tensor::from_slice(&[batch], labels)?,
-                ElementType::I32 => {
-                    let labels: Option<Vec<i32>> = labels.iter().map(|label| i32::try_from(*label).ok()).collect();
-                    Tensor::from_vec(&[batch], labels.ok_or_else(|| Error::invalid_argument("a class above 2^31"))?)?
-                }
-                dtype => {
-                    let labels: Vec<f32> = labels.iter().map(|label| *label as f32).collect();
-                    precision::from_f32(dtype, &[batch], &labels)?
-                }
-            };
-            self.binding.bind_input(CLASS_LABELS, tensor)?;
+        if let Some((_, labels)) = self.part(CLASS_LABELS, conditioning.class_labels.as_ref())? {
+            self.bind_class_labels(labels, batch)?;
         }
         self.prompt = Some(Prompt { batch, keys_values, held: Held::default(), current: false, shape: None });
         Ok(())
+    }
+
+    /// Sets other class labels `[batch]` for the conditioning that was set: they have no part in keys and values.
+    ///
+    /// # Errors
+    /// [`Status::InvalidArgument`] without a conditioning, for a UNet that takes no class labels, and for another number.
+    pub fn set_class_labels(&mut self, labels: &[i64]) -> Result<()> {
+        let batch = self.prompt.as_ref().ok_or_else(no_conditioning)?.batch;
+        if !self.takes_class_labels() {
+            return Err(Error::invalid_argument(format!(
+                "{CLASS_LABELS:?} was given, but this UNet has no such input"
+            )));
+        }
+        self.bind_class_labels(labels, batch)
+    }
+
+    fn bind_class_labels(&mut self, labels: &[i64], batch: usize) -> Result<()> {
+        if labels.len() != batch {
+            return Err(Error::invalid_argument(format!(
+                "{CLASS_LABELS:?} has {} values, the batch has {batch}",
+                labels.len()
+            )));
+        }
+        let tensor = match self.session.input(CLASS_LABELS)?.dtype {
+            ElementType::I64 => Tensor::from_slice(&[batch], labels)?,
+            ElementType::I32 => {
+                let labels: Option<Vec<i32>> = labels.iter().map(|label| i32::try_from(*label).ok()).collect();
+                Tensor::from_vec(&[batch], labels.ok_or_else(|| Error::invalid_argument("a class above 2^31"))?)?
+            }
+            dtype => {
+                let labels: Vec<f32> = labels.iter().map(|label| *label as f32).collect();
+                precision::from_f32(dtype, &[batch], &labels)?
+            }
+        };
+        self.binding.bind_input(CLASS_LABELS, tensor)?;
+        Ok(())
+    }
+
+    /// One prediction for zeros of this shape, unless one has succeeded at it before: shows whether the graph can compute
+    /// at a size, and lets a provider build what it needs for it.
+    ///
+    /// # Errors
+    /// As [`Unet::denoise`].
+    pub fn rehearse(&mut self, shape: [usize; 4], cancel: &CancelToken) -> Result<()> {
+        if self.proven.contains(&shape) {
+            return Ok(());
+        }
+        let len = shape.iter().try_fold(1_usize, |product, size| product.checked_mul(*size)).unwrap_or(usize::MAX);
+        let mut zeros = Vec::new();
+        zeros.try_reserve_exact(len)?;
+        zeros.resize(len, 0.0);
+        self.denoise(&zeros, shape, 0.0, cancel).map(|_| ())
     }
 
     /// The port of an optional input together with what was given for it; both or neither must be there.
@@ -454,6 +493,7 @@ impl Unet {
                 "the UNet predicts {given:?} for {shape:?}; predictions of a state's own shape are handled"
             )));
         }
+        self.proven.insert(shape);
         precision::to_f32(output)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! model_index.json
-//! scheduler/scheduler_config.json
+//! scheduler/scheduler_config.json     decomposed.json, if the model was trained for a decomposed process too
 //! unet/model.onnx               config.json: sample_size, down_block_types
 //! text_encoder/model.onnx       tokenizer/   tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
 //! text_encoder_2/model.onnx     tokenizer_2/                           (SDXL)
@@ -22,10 +22,11 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::decomposed::{Plan, Schedule, Trajectory};
 use super::folder::Folder;
-use super::guidance::{Guidance, Noise, OnStep, Walk};
+use super::guidance::{self, Guidance, Noise, OnStep, Walk};
 use super::precision;
-use super::schedule::{Plan, PlanOptions, Sampler, SchedulerConfig};
+use super::schedule::{self, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
 use crate::concept::{Composition, GatheredConcept, Rows};
 use crate::error::{Error, Result, Status};
@@ -46,6 +47,7 @@ pub const MAX_SIDE: usize = 16_384;
 
 /// How many prompt encodings are kept for the next draw.
 const KEPT_EMBEDDINGS: usize = 16;
+const UNGUIDED: Guidance = Guidance { scale: 1.0, rescale: 0.0 };
 const MAX_SCHEDULER_BYTES: u64 = 4 << 20;
 
 /// What a draw starts from.
@@ -89,7 +91,10 @@ pub struct DrawOptions<'a> {
     pub steps: usize,
     /// Guidance. With a UNet that embeds its scale, there is no unconditional pass.
     pub guidance: Guidance,
-    /// The sampler; `None` for the folder's.
+    /// The decomposed process that is walked, in place of the folder's plain one: early steps see smaller states. The
+    /// model must have been trained for it.
+    pub schedule: Option<&'a Schedule>,
+    /// The sampler; `None` for the folder's, or the schedule's.
     pub sampler: Option<Sampler>,
     /// Whether Euler and DPM++ 2M use Karras sigmas; `None` for what the folder says.
     pub karras: Option<bool>,
@@ -99,7 +104,7 @@ pub struct DrawOptions<'a> {
     pub seed: u64,
     /// See [`DrawOptions::seed`].
     pub first_image: u32,
-    /// Start noise `[B, C, h, w]` in place of the seed's.
+    /// Start noise `[B, C, h, w]` in place of the seed's, of the size that the first step sees.
     pub noise: Option<&'a [f32]>,
     /// What the walk starts from.
     pub start: Start<'a>,
@@ -124,6 +129,7 @@ impl DrawOptions<'_> {
             height: None,
             steps: 25,
             guidance: Guidance::default(),
+            schedule: None,
             sampler: None,
             karras: None,
             eta: 0.0,
@@ -190,6 +196,7 @@ pub struct Pipeline {
     decoder: Option<Vae>,
     encoder: Option<Vae>,
     scheduler: Vec<u8>,
+    schedule: Option<Schedule>,
     /// Whether the missing negative prompt is encoded as zeros.
     zero_negative: bool,
     info: PipelineInfo,
@@ -228,6 +235,9 @@ impl Pipeline {
         })?;
         // What it says is read by each draw, which may ask for another sampler.
         scheduler_folder.object("scheduler_config.json", &scheduler)?;
+        let schedule = scheduler_folder.read("decomposed.json", MAX_SCHEDULER_BYTES)?;
+        let schedule = schedule.map(|text| Schedule::from_json(&text)).transpose();
+        let schedule = schedule.map_err(|error| error.at(scheduler_folder.name("decomposed.json")))?;
         let encoders = open_encoders(runtime, &folder, options)?;
         let vae = |name: &str| {
             folder
@@ -249,6 +259,7 @@ impl Pipeline {
             decoder,
             encoder,
             scheduler,
+            schedule,
             zero_negative: index.get("force_zeros_for_empty_prompt").and_then(Value::as_bool).unwrap_or(false),
             info,
             concepts: Vec::new(),
@@ -291,6 +302,39 @@ impl Pipeline {
     pub fn scheduler(&self, sampler: Option<Sampler>) -> Result<SchedulerConfig> {
         SchedulerConfig::from_json(&self.scheduler, sampler)
             .map_err(|error| error.at("scheduler/scheduler_config.json"))
+    }
+
+    /// The decomposed process that the model was trained for, if its folder has one.
+    pub fn schedule(&self) -> Option<&Schedule> {
+        self.schedule.as_ref()
+    }
+
+    /// Whether this model can be walked by a schedule to pictures of a size in pixels: that it is no other model's, and that
+    /// the UNet takes every stage's size. One prediction is made for each size that was not drawn before, so a provider that
+    /// builds something for a size has built it when this returns.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::draw`] for a schedule that does not fit, naming the stage.
+    pub fn check_schedule(
+        &mut self,
+        schedule: &Schedule,
+        width: Option<usize>,
+        height: Option<usize>,
+        cancel: &CancelToken,
+    ) -> Result<()> {
+        let options =
+            DrawOptions { width, height, guidance: UNGUIDED, schedule: Some(schedule), ..DrawOptions::new("") };
+        let (height, width) = self.size(&options)?;
+        let shape = self.state_shape(1, height, width);
+        self.fits(schedule, shape)?;
+        let every_time = PlanOptions::new(schedule.config().training.len().min(schedule::MAX_STEPS));
+        let trajectory = Trajectory::new(Plan::new(&schedule.with_sampler(Sampler::Ddim)?, every_time)?, shape)?;
+        let texts = self.texts(&options, false, cancel)?;
+        let conditioning = self.conditioning(&options, &texts, (height, width), self.unet.guidance_features())?;
+        self.stepped = None;
+        self.unet.set_composition(Composition::new())?;
+        self.unet.set_conditioning(&conditioning)?;
+        guidance::rehearse(&mut self.unet, &trajectory, 1, cancel)
     }
 
     /// The concepts of the coming draws, until they are set again. None is the base model, bit for bit.
@@ -481,17 +525,11 @@ impl Pipeline {
             )));
         }
         let (height, width) = self.size(options)?;
-        let factor = self.info.latent_factor;
-        let shape = [batch, self.info.latent_channels, height / factor, width / factor];
-        let config = self.plan_config(options)?;
-        let start = match options.start {
-            Start::Noise => 0,
-            Start::Latents { step, .. } | Start::Images { step, .. } => step,
-        };
-        let plan = Plan::new(&config, PlanOptions { steps: options.steps, start, eta: options.eta })?;
+        let shape = self.state_shape(batch, height, width);
+        let (plan, stage_class_labels) = self.plan(options, shape)?;
         let embedded_guidance = self.unet.guidance_features();
         let guidance = match embedded_guidance {
-            Some(_) => Guidance { scale: 1.0, rescale: 0.0 },
+            Some(_) => UNGUIDED,
             None => options.guidance,
         };
         let texts = self.texts(options, guidance.needs_unconditional(), &job.cancel)?;
@@ -503,9 +541,15 @@ impl Pipeline {
         let walk = Walk {
             shape,
             plan,
+            stage_class_labels,
             guidance,
             conditioning: &conditioning,
-            noise: Noise { seed: options.seed, first_image: options.first_image, start: options.noise, step: None },
+            noise: Noise {
+                seed: options.seed,
+                first_image: options.first_image,
+                start: options.noise,
+                ..Noise::default()
+            },
             clean: clean.as_deref(),
             on_step,
         };
@@ -577,7 +621,7 @@ impl Pipeline {
         }
         let mut options = DrawOptions::new("");
         options.prompts = prompts.to_vec();
-        options.guidance = Guidance { scale: 1.0, rescale: 0.0 };
+        options.guidance = UNGUIDED;
         options.class_label = class_label;
         let texts = self.texts(&options, false, cancel)?;
         let conditioning = self.conditioning(&options, &texts, (height, width), self.unet.guidance_features())?;
@@ -605,6 +649,51 @@ impl Pipeline {
             side("height", options.height, self.info.height, fixed.height)?,
             side("width", options.width, self.info.width, fixed.width)?,
         ))
+    }
+
+    /// The shape `[B, C, h, w]` of the clean states of images of a size in pixels.
+    fn state_shape(&self, batch: usize, height: usize, width: usize) -> [usize; 4] {
+        let factor = self.info.latent_factor;
+        [batch, self.info.latent_channels, height / factor, width / factor]
+    }
+
+    /// The steps of a draw and the class label of each stage, empty where the options' own holds.
+    fn plan<'a>(&self, options: &DrawOptions<'a>, shape: [usize; 4]) -> Result<(Plan, &'a [i64])> {
+        let start = match options.start {
+            Start::Noise => 0,
+            Start::Latents { step, .. } | Start::Images { step, .. } => step,
+        };
+        let steps = PlanOptions { steps: options.steps, start, eta: options.eta };
+        let Some(schedule) = options.schedule else {
+            return Ok((schedule::Plan::new(&self.plan_config(options)?, steps)?.into(), &[]));
+        };
+        if options.karras == Some(true) {
+            return Err(Error::invalid_argument("Karras sigmas were asked for beside a schedule, which has its own"));
+        }
+        self.fits(schedule, shape)?;
+        let plan = match options.sampler {
+            Some(sampler) => Plan::new(&schedule.with_sampler(sampler)?, steps)?,
+            None => Plan::new(schedule, steps)?,
+        };
+        Ok((plan, &schedule.decomposition().stage_class_labels))
+    }
+
+    /// Whether a schedule is this model's, and for states of this shape, as far as can be told without a prediction.
+    fn fits(&self, schedule: &Schedule, shape: [usize; 4]) -> Result<()> {
+        schedule.check_model(&self.scheduler(Some(schedule.config().sampler))?)?;
+        let decomposition = schedule.decomposition();
+        if !decomposition.stage_class_labels.is_empty() && !self.unet.takes_class_labels() {
+            return Err(Error::invalid_argument(
+                "the schedule is another model's: it has stage_class_labels, and this UNet takes no class",
+            ));
+        }
+        match decomposition.stage_sizes.first() {
+            Some(side) if shape[2..] != [*side, *side] => Err(Error::invalid_argument(format!(
+                "the schedule is for states of {side} x {side}, those to be drawn have {} x {}",
+                shape[3], shape[2]
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn plan_config(&self, options: &DrawOptions<'_>) -> Result<SchedulerConfig> {

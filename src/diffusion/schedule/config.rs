@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use super::fields::{Fields, unhandled};
+use super::level::Level;
 use super::training::TrainingSchedule;
 use super::{MAX_STEPS, Step};
 use crate::error::{Error, Result};
@@ -61,7 +63,8 @@ impl Sampler {
 pub enum Prediction {
     /// The noise: `x_0 = (x - sigma p) / signal`.
     Epsilon,
-    /// The velocity `signal * noise - sigma * x_0` (arXiv 2202.00512, appendix D): `x_0 = signal x - sigma p`.
+    /// The velocity `signal * noise - sigma * x_0` (arXiv 2202.00512, appendix D): `x_0 = signal x - sigma p`. A component
+    /// that fades has the velocity of one that does not: `signal` is `sqrt(alpha_bar)` in it.
     Velocity,
     /// The clean state: `x_0 = p`.
     Sample,
@@ -77,14 +80,31 @@ impl Prediction {
         }
     }
 
-    /// Writes how the clean prediction follows from state and prediction, for a variance-preserving step.
-    pub(super) fn fill(self, step: &mut Step) {
+    /// Writes how the clean prediction follows from state and prediction at a variance-preserving level.
+    pub(super) fn fill(self, step: &mut Step, level: Level) {
+        let (signal, sigma) = (level.signal(), level.sigma());
         (step.clean_sample, step.clean_prediction) = match self {
-            Self::Epsilon => (1.0 / step.signal, -step.sigma / step.signal),
-            Self::Velocity => (step.signal, -step.sigma),
+            Self::Epsilon => (1.0 / signal, -sigma / signal),
+            Self::Velocity => (level.unfaded_signal() / turn(level), -sigma / turn(level)),
             Self::Sample => (0.0, 1.0),
         };
     }
+
+    /// The noise as shares of state and prediction.
+    pub(super) fn noise(self, level: Level) -> (f64, f64) {
+        let (signal, sigma) = (level.signal(), level.sigma());
+        match self {
+            Self::Epsilon => (0.0, 1.0),
+            Self::Velocity => (sigma / turn(level), signal / turn(level)),
+            Self::Sample => (1.0 / sigma, -signal / sigma),
+        }
+    }
+}
+
+/// The determinant of `(clean, noise) -> (state, velocity)`: `signal' signal + sigma^2` with the unfaded `signal'`, written
+/// so that it is exactly 1 for a component that does not fade.
+fn turn(level: Level) -> f64 {
+    1.0 + level.unfaded_signal() * (level.signal() - level.unfaded_signal())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -144,6 +164,8 @@ pub struct SchedulerConfig {
     pub(super) steps_offset: f64,
     pub(super) cosine: bool,
     pub(super) clip: Option<f64>,
+    /// DDIM takes the noise from the clipped clean state.
+    pub(super) noise_of_clipped: bool,
     pub(super) set_alpha_to_one: bool,
     pub(super) variance: Variance,
     pub(super) final_sigma: FinalSigma,
@@ -164,7 +186,15 @@ impl SchedulerConfig {
         let Value::Object(fields) = value else {
             return Err(Error::invalid_file("not a JSON object"));
         };
-        let fields = Fields(&fields);
+        Self::from_fields(&fields, sampler)
+    }
+
+    /// As [`SchedulerConfig::from_json`], from the fields of the object.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_fields(fields: &Map<String, Value>, sampler: Option<Sampler>) -> Result<Self> {
+        let fields = Fields(fields);
         let sampler = match sampler {
             Some(sampler) => sampler,
             None => match fields.text("_class_name", "")? {
@@ -216,6 +246,7 @@ impl SchedulerConfig {
             steps_offset: fields.whole("steps_offset", 0, 0, trained as u64 - 1)? as f64,
             cosine: fields.text("beta_schedule", "linear")? == "squaredcos_cap_v2",
             clip,
+            noise_of_clipped: fields.flag("use_clipped_model_output", false)?,
             set_alpha_to_one: fields.flag("set_alpha_to_one", true)?,
             variance,
             final_sigma,
@@ -241,6 +272,16 @@ fn read_training(sampler: Sampler, fields: &Fields<'_>) -> Result<TrainingSchedu
     let start = fields.number("beta_start", default_start, 0.0, 1.0)?;
     let end = fields.number("beta_end", default_end, 0.0, 1.0)?;
     let training = match fields.get("trained_betas") {
+        None if fields.get("alphas_cumprod").is_some() => {
+            let values = fields.numbers("alphas_cumprod")?.unwrap_or_default();
+            if values.len() != length {
+                return Err(Error::invalid_file(format!(
+                    "alphas_cumprod has {} values, num_train_timesteps is {length}",
+                    values.len()
+                )));
+            }
+            TrainingSchedule::from_alphas_cumprod(values)
+        }
         Some(Value::Array(betas)) => {
             if betas.len() != length {
                 return Err(Error::invalid_file(format!(
@@ -335,53 +376,4 @@ fn refuse_unhandled(sampler: Sampler, fields: &Fields<'_>) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn unhandled(field: &str, value: &str, handled: &str) -> Error {
-    Error::unsupported(format!("{field} {value:?} is not handled; handled: {handled}"))
-}
-
-/// The file's fields; `null` counts as absent.
-struct Fields<'a>(&'a Map<String, Value>);
-
-impl<'a> Fields<'a> {
-    fn get(&self, name: &str) -> Option<&'a Value> {
-        self.0.get(name).filter(|value| !value.is_null())
-    }
-
-    fn text(&self, name: &str, default: &'static str) -> Result<&'a str> {
-        match self.get(name) {
-            None => Ok(default),
-            Some(Value::String(text)) => Ok(text),
-            Some(other) => Err(Error::invalid_file(format!("{name} is {other}, must be text"))),
-        }
-    }
-
-    fn flag(&self, name: &str, default: bool) -> Result<bool> {
-        match self.get(name) {
-            None => Ok(default),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(other) => Err(Error::invalid_file(format!("{name} is {other}, must be true or false"))),
-        }
-    }
-
-    fn number(&self, name: &str, default: f64, least: f64, most: f64) -> Result<f64> {
-        match self.get(name) {
-            None => Ok(default),
-            Some(value) => match value.as_f64() {
-                Some(number) if (least..=most).contains(&number) => Ok(number),
-                _ => Err(Error::invalid_file(format!("{name} is {value}, must be a number in [{least}, {most}]"))),
-            },
-        }
-    }
-
-    fn whole(&self, name: &str, default: u64, least: u64, most: u64) -> Result<u64> {
-        match self.get(name) {
-            None => Ok(default),
-            Some(value) => match value.as_u64() {
-                Some(number) if (least..=most).contains(&number) => Ok(number),
-                _ => Err(Error::invalid_file(format!("{name} is {value}, must be a whole number in {least}..={most}"))),
-            },
-        }
-    }
 }

@@ -1,12 +1,21 @@
 //! DPM-Solver++ of order 1 and 2, multistep, data prediction: "DPM++ 2M" (arXiv 2211.01095).
 
+use super::Step;
 use super::config::{SchedulerConfig, SolverType, Spacing};
+use super::level::{Leg, Level};
 use super::spacing::{final_noise_ratio, karras, linspace, trailing};
-use super::{Plan, PlanOptions, Step};
-use crate::error::Result;
 
 /// Below this many steps the last one is of first order (`lower_order_final`), which is steadier.
 const FEW_STEPS: usize = 15;
+
+/// Each timestep and the next one visited, as noise ratios.
+pub(super) fn legs(config: &SchedulerConfig, steps: usize) -> Vec<Leg> {
+    let (timesteps, mut ratios) = visited(config, steps);
+    ratios.push(final_noise_ratio(config));
+    let levels: Vec<Level> = ratios.into_iter().map(Level::of_noise_ratio).collect();
+    let leg = |(timestep, pair): (f64, &[Level])| Leg { timestep, here: pair[0], there: pair[1] };
+    timesteps.into_iter().zip(levels.windows(2)).map(leg).collect()
+}
 
 /// In variance-preserving coordinates, `x = alpha x_0 + s noise` with noise ratio `sigma = s / alpha`,
 /// `lambda = -ln sigma`, `h = lambda' - lambda`, `h_0` that of the step before, `r = h_0 / h`:
@@ -17,45 +26,36 @@ const FEW_STEPS: usize = 15;
 /// order 2, heun:      x' = s' / s x - alpha' (e^-h - 1) c + alpha' ((e^-h - 1) / h + 1) (c - c') / r
 /// ```
 ///
-/// where `c` is the clean prediction and `c'` that of the step before. The first step that is run is of order 1.
-pub(super) fn plan(config: &SchedulerConfig, options: PlanOptions) -> Result<Plan> {
-    let (timesteps, mut sigmas) = visited(config, options.steps);
-    sigmas.push(final_noise_ratio(config));
-    let count = timesteps.len();
-    let lambda = |index: usize| -libm::log(sigmas[index]);
-    let mut steps = Vec::with_capacity(count);
-    for (index, &t) in timesteps.iter().enumerate() {
-        let (alpha, s) = variance_preserving(sigmas[index]);
-        let (next_alpha, next_s) = variance_preserving(sigmas[index + 1]);
-        let mut step = Step::at(t, alpha, s);
-        config.prediction.fill(&mut step);
+/// where `c` is the clean prediction and `c'` that of the step before. Steps without a step before them are of order 1:
+/// those for which `fresh` holds.
+pub(super) fn steps(config: &SchedulerConfig, legs: &[Leg], fresh: impl Fn(usize) -> bool) -> Vec<Step> {
+    let lambda = |level: Level| -libm::log(level.noise_ratio());
+    let solver = &config.solver;
+    let ends_clean = legs.last().is_some_and(|leg| leg.there.sigma() == 0.0);
+    let last_is_first_order =
+        solver.euler_at_final || (solver.lower_order_final && legs.len() < FEW_STEPS) || ends_clean;
+    let mut steps = Vec::with_capacity(legs.len());
+    for (index, &Leg { timestep, here, there }) in legs.iter().enumerate() {
+        let mut step = Step::at(timestep, here.signal(), here.sigma());
+        config.prediction.fill(&mut step, here);
         // e^-h = sigma' / sigma, which stays exact when the walk ends at sigma' = 0 and h is infinite.
-        let decay = sigmas[index + 1] / sigmas[index] - 1.0;
-        step.next_sample = next_s / s;
-        step.next_clean = -next_alpha * decay;
-        let last_is_first_order = config.solver.euler_at_final
-            || (config.solver.lower_order_final && count < FEW_STEPS)
-            || sigmas[count] == 0.0;
-        let first_order =
-            config.solver.order == 1 || index <= options.start || (index + 1 == count && last_is_first_order);
-        if !first_order {
-            let h = lambda(index + 1) - lambda(index);
-            let r = (lambda(index) - lambda(index - 1)) / h;
-            let slope = match config.solver.kind {
-                SolverType::Midpoint => -0.5 * next_alpha * decay / r,
-                SolverType::Heun => next_alpha * (decay / h + 1.0) / r,
+        let decay = there.noise_ratio() / here.noise_ratio() - 1.0;
+        step.next_sample = there.sigma() / here.sigma();
+        step.next_clean = -there.signal() * decay;
+        let first_order = solver.order == 1 || fresh(index) || (index + 1 == legs.len() && last_is_first_order);
+        if !first_order && let Some(before) = index.checked_sub(1).and_then(|before| legs.get(before)) {
+            let h = lambda(there) - lambda(here);
+            let r = (lambda(before.there) - lambda(before.here)) / h;
+            let slope = match solver.kind {
+                SolverType::Midpoint => -0.5 * there.signal() * decay / r,
+                SolverType::Heun => there.signal() * (decay / h + 1.0) / r,
             };
             step.next_clean += slope;
             step.next_previous = -slope;
         }
         steps.push(step);
     }
-    Ok(Plan { steps, start: options.start, initial_sigma: 1.0 })
-}
-
-fn variance_preserving(sigma: f64) -> (f64, f64) {
-    let alpha = 1.0 / (sigma * sigma + 1.0).sqrt();
-    (alpha, sigma * alpha)
+    steps
 }
 
 fn visited(config: &SchedulerConfig, steps: usize) -> (Vec<f64>, Vec<f64>) {

@@ -1,6 +1,7 @@
 //! Latent consistency models: jump to the clean state, then back to a smaller noise (arXiv 2310.04378).
 
 use super::config::SchedulerConfig;
+use super::level::Level;
 use super::spacing::linspace;
 use super::{Plan, PlanOptions, Step};
 use crate::error::{Error, Result};
@@ -30,9 +31,9 @@ pub(super) fn plan(config: &SchedulerConfig, options: PlanOptions) -> Result<Pla
         indices.into_iter().map(|index| (original - index.floor() as usize) * stride - 1).collect();
     let mut steps = Vec::with_capacity(timesteps.len());
     for (index, &t) in timesteps.iter().enumerate() {
-        let here = config.training.alpha_bar(t);
-        let mut step = Step::at(t as f64, here.sqrt(), (1.0 - here).sqrt());
-        config.prediction.fill(&mut step);
+        let here = Level::of_timestep(&config.training, t as f64);
+        let mut step = Step::at(t as f64, here.signal(), here.sigma());
+        config.prediction.fill(&mut step, here);
         step.clip = config.clip;
         let scaled = t as f64 * config.consistency.timestep_scaling;
         let power = scaled * scaled + SIGMA_DATA * SIGMA_DATA;

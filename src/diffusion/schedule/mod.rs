@@ -4,8 +4,8 @@
 //! clean state or a mixture (*velocity*). A sampler walks from pure noise to a clean state. Each sampler that is read
 //! here is, for one step, *linear* in the state, the prediction, the previous clean prediction and fresh noise (apart
 //! from an optional clipping of the clean prediction). So a sampler is a short function, in a file of its own, that
-//! writes the coefficients of every step once, in `f64`, from a [`SchedulerConfig`]; [`Trajectory`] applies them to
-//! `f32` states.
+//! writes the coefficients of every step once, in `f64`, from a [`SchedulerConfig`];
+//! [`Trajectory`](super::decomposed::Trajectory) applies them to `f32` states.
 //!
 //! | file | class in `scheduler_config.json` | source |
 //! |---|---|---|
@@ -25,14 +25,17 @@ mod ddpm;
 mod dpm_multistep;
 mod euler;
 mod euler_ancestral;
+pub(in crate::diffusion) mod fields;
 mod lcm;
+mod level;
 mod spacing;
 mod training;
 
-use super::precision;
 use crate::error::{Error, Result};
 
 pub use config::{Prediction, Sampler, SchedulerConfig};
+pub(super) use level::Leg;
+pub use level::{Kernel, Level, Posterior};
 pub use training::TrainingSchedule;
 
 /// The greatest number of steps that a plan may have.
@@ -54,6 +57,26 @@ impl PlanOptions {
     /// `steps` steps from pure noise, without DDIM noise.
     pub fn new(steps: usize) -> Self {
         Self { steps, start: 0, eta: 0.0 }
+    }
+
+    /// [`crate::Status::InvalidArgument`] for a step count or an eta outside the ranges.
+    pub(super) fn check(&self, config: &SchedulerConfig) -> Result<()> {
+        let trained = config.training.len();
+        let most = trained.min(MAX_STEPS);
+        if self.steps == 0 || self.steps > most {
+            return Err(Error::invalid_argument(format!("steps is {}, must be in 1..={most}", self.steps)));
+        }
+        if !(0.0..=1.0).contains(&self.eta) {
+            return Err(Error::invalid_argument(format!("eta is {}, must be in [0, 1]", self.eta)));
+        }
+        if self.eta != 0.0 && config.sampler != Sampler::Ddim {
+            return Err(Error::invalid_argument(format!(
+                "eta is {}, but only DDIMScheduler takes one; it must be 0 for {}",
+                self.eta,
+                config.sampler.class_name()
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -120,6 +143,21 @@ impl Step {
         }
     }
 
+    /// The clean state that the prediction `p` for the state `x` stands for, not yet clipped.
+    pub fn clean(&self, x: f64, p: f64) -> f64 {
+        self.clean_sample * x + self.clean_prediction * p
+    }
+
+    /// What a preview shows of the state `x` whose clean prediction is `c`.
+    pub fn denoised(&self, x: f64, c: f64) -> f64 {
+        self.denoised_sample * x + self.denoised_clean * c
+    }
+
+    /// The next state, but for what is added of the step before and of fresh noise.
+    pub fn next(&self, x: f64, c: f64, p: f64) -> f64 {
+        self.next_sample * x + self.next_clean * c + self.next_prediction * p
+    }
+
     /// Whether the step adds fresh noise.
     pub fn needs_noise(&self) -> bool {
         self.next_noise != 0.0
@@ -165,58 +203,28 @@ impl Plan {
     /// [`crate::Status::Unsupported`] where the schedule has no signal at a step and the prediction type needs some
     /// (noise prediction at zero terminal SNR).
     pub fn new(config: &SchedulerConfig, options: PlanOptions) -> Result<Self> {
-        let trained = config.training.len();
-        let most = trained.min(MAX_STEPS);
-        if options.steps == 0 || options.steps > most {
-            return Err(Error::invalid_argument(format!("steps is {}, must be in 1..={most}", options.steps)));
-        }
+        options.check(config)?;
         if options.start >= options.steps {
             return Err(Error::invalid_argument(format!(
                 "start step is {}, must be in 0..{} (the number of steps)",
                 options.start, options.steps
             )));
         }
-        if !(0.0..=1.0).contains(&options.eta) {
-            return Err(Error::invalid_argument(format!("eta is {}, must be in [0, 1]", options.eta)));
-        }
-        if options.eta != 0.0 && config.sampler != Sampler::Ddim {
-            return Err(Error::invalid_argument(format!(
-                "eta is {}, but only DDIMScheduler takes one; it must be 0 for {}",
-                options.eta,
-                config.sampler.class_name()
-            )));
-        }
         let plan = match config.sampler {
-            Sampler::Ddpm => ddpm::plan(config, options),
-            Sampler::Ddim => ddim::plan(config, options),
             Sampler::Euler => euler::plan(config, options),
             Sampler::EulerAncestral => euler_ancestral::plan(config, options),
-            Sampler::DpmMultistep => dpm_multistep::plan(config, options),
             Sampler::Lcm => lcm::plan(config, options),
+            Sampler::Ddpm | Sampler::Ddim | Sampler::DpmMultistep => {
+                let legs = legs(config, options.steps);
+                steps_of(config, options, &legs, |index| index <= options.start).map(|steps| Self {
+                    steps,
+                    start: options.start,
+                    initial_sigma: 1.0,
+                })
+            }
         }?;
-        if let Some(step) = plan.steps.iter().position(|step| !step.is_finite()) {
-            return Err(Error::unsupported(format!(
-                "{} with {} prediction: step {step} at timestep {} has no signal to divide by (zero terminal SNR); \
-                 use another timestep_spacing or a v_prediction or sample model",
-                config.sampler.class_name(),
-                config.prediction.name(),
-                plan.steps[step].timestep
-            )));
-        }
-        if let Some(step) = plan.steps.iter().find(|step| !(0.0..trained as f64).contains(&step.timestep)) {
-            return Err(Error::invalid_argument(format!(
-                "{} steps with this spacing and steps_offset visit timestep {}, but the model was trained on 0..{trained}",
-                options.steps, step.timestep
-            )));
-        }
-        if options.start >= plan.steps.len() {
-            return Err(Error::invalid_argument(format!(
-                "start step is {}, but {} takes only {} steps here",
-                options.start,
-                config.sampler.class_name(),
-                plan.steps.len()
-            )));
-        }
+        check_steps(config, &plan.steps)?;
+        check_start(config, options.start, plan.steps.len())?;
         Ok(plan)
     }
 
@@ -229,114 +237,82 @@ impl Plan {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
 
-    /// Turns standard normal `noise`, and for a walk that begins later the clean state to begin from, into the state
-    /// before the first step: `initial_sigma * noise`, or `signal * clean + sigma * noise`.
-    ///
-    /// # Errors
-    /// [`crate::Status::InvalidArgument`] if the lengths differ; [`crate::Status::OutOfMemory`].
-    pub fn begin(&self, noise: &[f32], clean: Option<&[f32]>) -> Result<Vec<f32>> {
-        match clean {
-            None => precision::collect(noise.len(), noise.iter().map(|z| (self.initial_sigma * f64::from(*z)) as f32)),
-            Some(clean) => {
-                same_length("clean state", clean, noise.len())?;
-                let Step { signal, sigma, .. } = self.steps[self.start];
-                let mix = |(x, z): (&f32, &f32)| (signal * f64::from(*x) + sigma * f64::from(*z)) as f32;
-                precision::collect(noise.len(), clean.iter().zip(noise).map(mix))
-            }
+/// Whether the sampler has a form for components that fade, and stops where it is told to.
+pub(super) fn check_fading(config: &SchedulerConfig) -> Result<()> {
+    match config.sampler {
+        Sampler::Ddpm | Sampler::Ddim | Sampler::DpmMultistep if !config.karras => Ok(()),
+        Sampler::Ddpm | Sampler::Ddim | Sampler::DpmMultistep => {
+            Err(Error::unsupported("Karras sigmas do not visit turning points; set use_karras_sigmas to false"))
         }
+        other => Err(Error::unsupported(format!(
+            "{} has no form for components that fade; those that have: DDPMScheduler, DDIMScheduler, \
+             DPMSolverMultistepScheduler",
+            other.class_name()
+        ))),
     }
 }
 
-/// A walk under way: drives a [`Plan`] step by step, whoever computes the predictions.
-#[derive(Clone, Debug)]
-pub struct Trajectory {
-    plan: Plan,
-    next: usize,
-    previous: Vec<f32>,
-}
-
-impl Trajectory {
-    /// A walk before its first step.
-    pub fn new(plan: Plan) -> Self {
-        Self { next: plan.start, plan, previous: Vec::new() }
-    }
-
-    /// The plan that is walked.
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
-    /// The coming step's index in [`Plan::steps`] and its coefficients; `None` at the end.
-    pub fn current(&self) -> Option<(usize, &Step)> {
-        self.plan.steps.get(self.next).map(|step| (self.next, step))
-    }
-
-    /// The state as the model wants it: `input_scale * sample`.
-    ///
-    /// # Errors
-    /// [`crate::Status::OutOfMemory`].
-    pub fn model_input(&self, sample: &[f32]) -> Result<Vec<f32>> {
-        let scale = self.current().map_or(1.0, |(_, step)| step.input_scale);
-        precision::collect(sample.len(), sample.iter().map(|x| (scale * f64::from(*x)) as f32))
-    }
-
-    /// Takes one step: `sample` becomes the next state, and the denoised state (same length) is returned.
-    ///
-    /// # Errors
-    /// [`crate::Status::InvalidArgument`] after the last step, for lengths that differ, and where
-    /// [`Step::needs_noise`] and none is given.
-    pub fn step(&mut self, sample: &mut [f32], prediction: &[f32], noise: Option<&[f32]>) -> Result<Vec<f32>> {
-        let Some(step) = self.plan.steps.get(self.next).copied() else {
-            return Err(Error::invalid_argument(format!("all {} steps are done", self.plan.steps.len())));
-        };
-        let length = sample.len();
-        same_length("prediction", prediction, length)?;
-        let noise = match noise {
-            Some(noise) => {
-                same_length("noise", noise, length)?;
-                noise
-            }
-            None if step.needs_noise() => {
-                return Err(Error::invalid_argument(format!("step {} adds noise and none was given", self.next)));
-            }
-            None => &[],
-        };
-        if step.next_previous != 0.0 {
-            same_length("state of the step before", &self.previous, length)?;
-        }
-        let mut denoised = Vec::new();
-        denoised.try_reserve_exact(length)?;
-        let mut clean = Vec::new();
-        clean.try_reserve_exact(length)?;
-        for (index, x) in sample.iter_mut().enumerate() {
-            let state = f64::from(*x);
-            let p = f64::from(prediction[index]);
-            let mut c = step.clean_sample * state + step.clean_prediction * p;
-            if let Some(clip) = step.clip {
-                c = c.clamp(-clip, clip);
-            }
-            let mut next = step.next_sample * state + step.next_clean * c + step.next_prediction * p;
-            if step.next_previous != 0.0 {
-                next += step.next_previous * f64::from(self.previous[index]);
-            }
-            if step.next_noise != 0.0 {
-                next += step.next_noise * f64::from(noise[index]);
-            }
-            *x = next as f32;
-            clean.push(c as f32);
-            denoised.push((step.denoised_sample * state + step.denoised_clean * c) as f32);
-        }
-        self.previous = clean;
-        self.next += 1;
-        Ok(denoised)
+/// The legs of a walk, for the samplers that are a function of each leg's noise levels.
+pub(super) fn legs(config: &SchedulerConfig, steps: usize) -> Vec<Leg> {
+    match config.sampler {
+        Sampler::Ddpm => ddpm::legs(config, steps),
+        Sampler::Ddim => ddim::legs(config, steps),
+        _ => dpm_multistep::legs(config, steps),
     }
 }
 
-fn same_length(what: &str, given: &[f32], wanted: usize) -> Result<()> {
-    if given.len() == wanted {
-        Ok(())
-    } else {
-        Err(Error::invalid_argument(format!("{what} has {} values, the state has {wanted}", given.len())))
+/// The noise level of a training timestep, as the sampler of `config` computes it.
+pub(super) fn level_of_timestep(config: &SchedulerConfig, t: f64) -> Level {
+    match config.sampler {
+        Sampler::DpmMultistep => Level::of_noise_ratio(config.training.noise_ratio_at(t)),
+        _ => Level::of_timestep(&config.training, t),
     }
+}
+
+/// The steps over these legs, for one component; `fresh` says which have no step before them.
+pub(super) fn steps_of(
+    config: &SchedulerConfig,
+    options: PlanOptions,
+    legs: &[Leg],
+    fresh: impl Fn(usize) -> bool,
+) -> Result<Vec<Step>> {
+    let steps: Vec<Step> = match config.sampler {
+        Sampler::Ddpm => legs.iter().map(|leg| ddpm::step(config, *leg)).collect(),
+        Sampler::Ddim => legs.iter().map(|leg| ddim::step(config, options, *leg)).collect(),
+        _ => dpm_multistep::steps(config, legs, fresh),
+    };
+    check_steps(config, &steps)?;
+    Ok(steps)
+}
+
+fn check_steps(config: &SchedulerConfig, steps: &[Step]) -> Result<()> {
+    let trained = config.training.len();
+    if let Some((index, step)) = steps.iter().enumerate().find(|(_, step)| !step.is_finite()) {
+        return Err(Error::unsupported(format!(
+            "{} with {} prediction: step {index} at timestep {} has no signal to divide by (zero terminal SNR); \
+             use another timestep_spacing or a v_prediction or sample model",
+            config.sampler.class_name(),
+            config.prediction.name(),
+            step.timestep
+        )));
+    }
+    if let Some(step) = steps.iter().find(|step| !(0.0..trained as f64).contains(&step.timestep)) {
+        return Err(Error::invalid_argument(format!(
+            "{} steps with this spacing and steps_offset visit timestep {}, but the model was trained on 0..{trained}",
+            steps.len(),
+            step.timestep
+        )));
+    }
+    Ok(())
+}
+
+/// [`crate::Status::InvalidArgument`] for a walk that would start behind its last step.
+pub(super) fn check_start(config: &SchedulerConfig, start: usize, steps: usize) -> Result<()> {
+    if start < steps {
+        return Ok(());
+    }
+    let sampler = config.sampler.class_name();
+    Err(Error::invalid_argument(format!("start step is {start}, but {sampler} takes only {steps} steps here")))
 }

@@ -6,10 +6,11 @@ use crate::error::{Error, Result};
 ///
 /// `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise` (arXiv 2006.11239, eq. 4). Values are rounded to `f32`
 /// where the training code rounded them (betas, alphas and the running product), because a model was trained with the
-/// rounded ones: at the first timesteps `1 - alpha_bar` loses four digits to it.
+/// rounded ones: at the first timesteps `1 - alpha_bar` loses four digits to it. Values that are given as they are stay
+/// `f64`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainingSchedule {
-    alphas_cumprod: Vec<f32>,
+    alphas_cumprod: Vec<f64>,
 }
 
 impl TrainingSchedule {
@@ -25,6 +26,26 @@ impl TrainingSchedule {
             return Err(Error::invalid_file(format!("beta at timestep {t} is {beta}, must be in [0, 1)")));
         }
         Ok(Self { alphas_cumprod: running_product(betas) })
+    }
+
+    /// From the cumulative signal power itself, `alpha_bar_t` in `(0, 1]`, not rising.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidFile`] for an empty list, a value outside `(0, 1]` and a value above the one before.
+    pub fn from_alphas_cumprod(alphas_cumprod: Vec<f64>) -> Result<Self> {
+        if alphas_cumprod.is_empty() {
+            return Err(Error::invalid_file("alphas_cumprod is empty"));
+        }
+        let mut before = 1.0;
+        for (t, value) in alphas_cumprod.iter().enumerate() {
+            if !(*value > 0.0 && *value <= before) {
+                return Err(Error::invalid_file(format!(
+                    "alphas_cumprod at timestep {t} is {value}, must be in (0, {before}]"
+                )));
+            }
+            before = *value;
+        }
+        Ok(Self { alphas_cumprod })
     }
 
     /// Betas evenly spaced from `start` to `end`: `beta_schedule` `linear`.
@@ -61,7 +82,7 @@ impl TrainingSchedule {
     /// The same schedule shifted and stretched so that the last timestep has no signal at all and the first is
     /// unchanged (arXiv 2305.08891, algorithm 1).
     pub fn with_zero_terminal_snr(&self) -> Self {
-        let roots: Vec<f32> = self.alphas_cumprod.iter().map(|value| value.sqrt()).collect();
+        let roots: Vec<f32> = self.alphas_cumprod.iter().map(|value| (*value as f32).sqrt()).collect();
         let (Some(first), Some(last)) = (roots.first().copied(), roots.last().copied()) else { return self.clone() };
         let scale = first / (first - last);
         let powers: Vec<f32> = roots.iter().map(|root| ((root - last) * scale).powi(2)).collect();
@@ -73,7 +94,7 @@ impl TrainingSchedule {
     /// The same schedule whose last timestep keeps a signal power of `2^-24`, for samplers that divide by the signal.
     pub fn with_least_signal(mut self) -> Self {
         if let Some(last) = self.alphas_cumprod.last_mut() {
-            *last = f32::powi(2.0, -24);
+            *last = f64::powi(2.0, -24);
         }
         self
     }
@@ -90,7 +111,7 @@ impl TrainingSchedule {
 
     /// `alpha_bar_t`, for `t` clamped to the schedule.
     pub fn alpha_bar(&self, t: usize) -> f64 {
-        f64::from(self.alphas_cumprod[t.min(self.len() - 1)])
+        self.alphas_cumprod[t.min(self.len() - 1)]
     }
 
     /// `sqrt((1 - alpha_bar_t) / alpha_bar_t)`: the noise's deviation beside a signal of 1, rounded to `f32`.
@@ -139,10 +160,10 @@ fn linspace(start: f64, end: f64, length: usize) -> Vec<f32> {
     (0..length).map(value).collect()
 }
 
-fn running_product(betas: &[f32]) -> Vec<f32> {
+fn running_product(betas: &[f32]) -> Vec<f64> {
     let product = |product: &mut f64, beta: &f32| {
         *product *= f64::from(1.0 - beta);
-        Some(*product as f32)
+        Some(f64::from(*product as f32))
     };
     betas.iter().scan(1.0, product).collect()
 }
