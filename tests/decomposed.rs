@@ -5,7 +5,10 @@ mod support;
 
 use macula::Status;
 use macula::diffusion::decomposed::operators::{Size, assemble, decompose, down, up};
-use macula::diffusion::decomposed::{Attenuation, Decomposition, Plan, Schedule, StagedStep, Trajectory};
+use macula::diffusion::decomposed::{
+    Attenuation, Budget, Decomposition, Plan, Schedule, StagedStep, Statistics, Trajectory, choose_turning_points,
+    predicted_cost,
+};
 use macula::diffusion::noise::standard_normal;
 use macula::diffusion::schedule::{self, PlanOptions, Step};
 use serde_json::{Map, Value, json};
@@ -745,4 +748,78 @@ fn a_schedule_of_another_model_is_told_apart() {
         let error = cosine.check_model(other.config()).unwrap_err();
         assert!(error.message().contains(named), "{error}");
     }
+}
+
+/// Pictures with components of known mean squares, the finest first.
+fn pictures(size: Size, mean_squares: [f64; 3]) -> Vec<f32> {
+    let mut components = normal(77, size.len().unwrap());
+    let (fine, middle) = (components.len() / 4 * 3, components.len() / 16 * 15);
+    for (at, value) in components.iter_mut().enumerate() {
+        let component = usize::from(at >= fine) + usize::from(at >= middle);
+        *value = (mean_squares[component].sqrt() * f64::from(*value)) as f32;
+    }
+    assemble(components, size, 2).unwrap()
+}
+
+#[test]
+fn turning_points_are_the_earliest_within_the_budget() {
+    let size = Size { planes: 12, height: 64, width: 64 };
+    let mut statistics = Statistics::new(2).unwrap();
+    statistics.add(&pictures(size, [0.05, 0.4, 4.0]), size).unwrap();
+    for (component, expected) in [0.05, 0.4, 4.0].into_iter().enumerate() {
+        assert!((statistics.mean_square(component) / expected - 1.0).abs() < 0.06, "component {component}");
+    }
+    let like = schedule("DDPMScheduler", "epsilon", &[], 1.0, &[]);
+    for (r, q, most) in [(1.0, 1.0, 1e-3), (0.1, 1.0, 1e-3), (0.1, 2.0, 1e-4), (0.001, 1.0, 1e-4)] {
+        let attenuation = Attenuation { r, q };
+        let budget = Budget { drop_error: most, attenuation, stage_costs: Vec::new() };
+        let choice = choose_turning_points(&like, &statistics, &budget).unwrap();
+        let turning = choice.schedule.turning_points().to_vec();
+        assert_eq!(turning.len(), 2, "r = {r}");
+        for component in 0..2 {
+            let c = statistics.mean_square(component);
+            assert!((choice.mean_squares[component] - c).abs() < 1e-12);
+            assert!((choice.schedule.decomposition().lift_std[component] - c.sqrt()).abs() < 1e-12);
+            // The closed form of the divergence, at the lift and a time earlier.
+            let bars = linear();
+            let error = |turning: usize| {
+                let t = turning as f64 - 1.0;
+                let (bar, fade) = (bars[turning - 2], r.powf((t / turning as f64).powf(q)));
+                bar * fade * fade * c / (2.0 * (1.0 - bar))
+            };
+            assert!((choice.drop_errors[component] / error(turning[component]) - 1.0).abs() < 1e-9);
+            assert!(error(turning[component]) <= most && error(turning[component] - 1) > most, "{turning:?}");
+        }
+        let plan = Plan::new(&choice.schedule, PlanOptions::new(TIMES)).unwrap();
+        let share = plan.pixel_evaluations(64, 64) as f64 / (TIMES * 64 * 64) as f64;
+        assert!((choice.cost - share).abs() < 1e-12, "{} is not {share}", choice.cost);
+        let svg = choice.to_svg();
+        assert!(svg.matches("<polyline").count() == 2 && svg.contains(&format!("dropped at {}", turning[1])), "{svg}");
+    }
+    // Calls of measured cost: half of a plain walk at 1, half at 0.1.
+    let half = schedule("DDPMScheduler", "epsilon", &[501], 1.0, &[]);
+    assert!((predicted_cost(&half, &[2.0, 0.2]) - 0.55).abs() < 1e-12);
+    // Nothing is dropped where nothing may be lost.
+    let strict = Budget { drop_error: 1e-12, attenuation: Attenuation::default(), stage_costs: Vec::new() };
+    let choice = choose_turning_points(&like, &statistics, &strict).unwrap();
+    assert!(choice.schedule.turning_points().is_empty() && choice.cost == 1.0);
+    for (budget, named) in [
+        (Budget { drop_error: 0.0, ..strict.clone() }, "budget is 0"),
+        (Budget { drop_error: f64::NAN, ..strict.clone() }, "budget is NaN"),
+        (Budget { stage_costs: vec![1.0, f64::INFINITY, 1.0], ..strict.clone() }, "cost is inf"),
+        (Budget { stage_costs: vec![1.0], ..strict.clone() }, "1 stage costs for 3 stages"),
+    ] {
+        let error = choose_turning_points(&like, &statistics, &budget).unwrap_err();
+        assert!(error.message().contains(named), "{error}");
+    }
+    assert!(Statistics::new(0).is_err() && Statistics::new(15).is_err());
+    assert!(
+        choose_turning_points(&like, &Statistics::new(1).unwrap(), &strict)
+            .unwrap_err()
+            .message()
+            .contains("no states")
+    );
+    let error = statistics.add(&[f32::NAN; 16], Size { planes: 1, height: 4, width: 4 }).unwrap_err();
+    assert_eq!(error.status(), Status::NotFinite);
+    assert!(statistics.add(&[0.0; 36], Size { planes: 1, height: 6, width: 6 }).is_err());
 }

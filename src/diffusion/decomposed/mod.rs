@@ -15,15 +15,18 @@
 //! | `operators.rs` | the orthonormal coordinates: `down`, `up`, all components |
 //! | `schedule.rs` | the process as data: JSON, marginals, kernels, posterior, the error of dropping |
 //! | `plan.rs` | which times a walk visits, the coefficients of every component there, how many calls that takes |
+//! | `choose.rs` | turning points from a data set's statistics and a budget for what dropping costs |
 //! | `trajectory.rs` | a walk under way, step by step and lift by lift |
 //!
 //! Pure arithmetic: it knows no models, prompts or pictures.
 
+mod choose;
 pub mod operators;
 mod plan;
 mod schedule;
 mod trajectory;
 
+pub use choose::{Budget, Choice, Statistics, choose_turning_points, predicted_cost};
 pub use plan::{Plan, StagedStep};
 pub use schedule::{Attenuation, Decomposition, MAX_TURNING_POINTS, Schedule};
 pub use trajectory::Trajectory;

@@ -22,6 +22,13 @@ pub struct Attenuation {
     pub q: f64,
 }
 
+impl Attenuation {
+    /// What is left at time `t` of the signal of a component that is dropped at time `dropped`.
+    pub fn fade(self, t: usize, dropped: usize) -> f64 {
+        libm::pow(self.r, libm::pow(t as f64 / dropped as f64, self.q))
+    }
+}
+
 impl Default for Attenuation {
     fn default() -> Self {
         Self { r: 1.0, q: 1.0 }
@@ -159,11 +166,8 @@ impl Schedule {
 
     /// `fade` of component `i` at time `t`: `r^((t / T_{i+1})^q)`, and 1 for the last component.
     pub fn fade(&self, component: usize, t: usize) -> f64 {
-        let Attenuation { r, q } = self.decomposition.attenuation;
-        match self.turning_points().get(component) {
-            Some(turning) => libm::pow(r, libm::pow(t as f64 / *turning as f64, q)),
-            None => 1.0,
-        }
+        let dropped = self.turning_points().get(component);
+        dropped.map_or(1.0, |dropped| self.decomposition.attenuation.fade(t, *dropped))
     }
 
     /// The marginal of component `i` at time `t` in `0..=T`: `y_t = signal v + sigma noise`.
@@ -185,17 +189,9 @@ impl Schedule {
         self.level(component, from).posterior_at(self.level(component, to))
     }
 
-    /// What it costs to take a component for noise at time `t`, if its clean coordinates have this mean square: an upper
-    /// bound of the Kullback-Leibler divergence per dimension, in nats,
-    ///
-    /// ```text
-    /// KL = signal^2 E[v^2] / (2 sigma^2)
-    /// ```
-    ///
-    /// between `N(signal v, sigma^2)` and `N(0, sigma^2)`, averaged over `v`.
+    /// What it costs to take component `i` for noise at time `t`: [`Level::drop_error`].
     pub fn drop_error(&self, component: usize, t: usize, mean_square: f64) -> f64 {
-        let level = self.level(component, t);
-        mean_square / (2.0 * level.noise_ratio() * level.noise_ratio())
+        self.level(component, t).drop_error(mean_square)
     }
 
     /// The class label of a stage, if the model was trained with one.

@@ -22,7 +22,8 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::decomposed::{Plan, Schedule, Trajectory};
+use super::decomposed::operators::Size;
+use super::decomposed::{Budget, Choice, Decomposition, Plan, Schedule, Statistics, Trajectory, choose_turning_points};
 use super::folder::Folder;
 use super::guidance::{self, Guidance, Noise, OnStep, Walk};
 use super::precision;
@@ -335,6 +336,36 @@ impl Pipeline {
         self.unet.set_composition(Composition::new())?;
         self.unet.set_conditioning(&conditioning)?;
         guidance::rehearse(&mut self.unet, &trajectory, 1, cancel)
+    }
+
+    /// Turning points for this model's noise levels, from pictures like those that it draws: see
+    /// [`choose_turning_points`]. The model must be trained for what comes out, or have been.
+    ///
+    /// # Errors
+    /// Those of [`Pipeline::encode_images`], [`Statistics::add`] and [`choose_turning_points`].
+    pub fn choose_turning_points(
+        &self,
+        pictures: &[Images],
+        turning_points: usize,
+        budget: &Budget,
+        cancel: &CancelToken,
+    ) -> Result<Choice> {
+        let like = match &self.schedule {
+            Some(schedule) => schedule.clone(),
+            None => {
+                let mut scheduler: serde_json::Map<String, Value> = serde_json::from_slice(&self.scheduler)
+                    .map_err(|e| Error::invalid_file(format!("scheduler/scheduler_config.json: {e}")).caused_by(e))?;
+                scheduler.insert("_class_name".to_owned(), Sampler::Ddim.class_name().into());
+                Schedule::new(scheduler, Decomposition::default())?
+            }
+        };
+        let mut statistics = Statistics::new(turning_points)?;
+        for (index, picture) in pictures.iter().enumerate() {
+            let (states, [count, channels, height, width]) = self.encode_images(picture, cancel)?;
+            let size = Size { planes: count * channels, height, width };
+            statistics.add(&states, size).map_err(|error| error.at(format_args!("picture {index}")))?;
+        }
+        choose_turning_points(&like, &statistics, budget)
     }
 
     /// The concepts of the coming draws, until they are set again. None is the base model, bit for bit.

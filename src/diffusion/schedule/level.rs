@@ -80,6 +80,18 @@ impl Level {
         self.sigma / self.signal()
     }
 
+    /// What it costs to take a component for noise here, if its clean coordinates have this mean square: an upper bound of
+    /// the Kullback-Leibler divergence per dimension, in nats,
+    ///
+    /// ```text
+    /// KL = signal^2 E[v^2] / (2 sigma^2)
+    /// ```
+    ///
+    /// from `N(signal v, sigma^2)` to `N(0, sigma^2)`, averaged over `v`.
+    pub fn drop_error(self, mean_square: f64) -> f64 {
+        mean_square / (2.0 * self.noise_ratio() * self.noise_ratio())
+    }
+
     /// The kernel that leads from here to a noisier level. With `a` the quotient of the signal powers and `f` that of the
     /// fades,
     ///
