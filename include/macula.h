@@ -1566,6 +1566,557 @@ macula_status macula_composition_clear(macula_pipeline *pipeline);
 
 
 /* ==============================================================================================================
+ * Schedules
+ *
+ * A schedule is a decomposed process as data (DVDP, arXiv 2211.16032): a scheduler of the diffusers layout, and *turning
+ * points*, times from which on the state has half the sides. Fine detail vanishes first as noise grows, so early denoising
+ * runs on a small state and a *lift* brings the detail back as noise once it is needed.
+ *
+ * Give a schedule to `macula_pipeline_draw`, or walk it with a sampler loop of your own by a `macula_trajectory`. A
+ * schedule without turning points is the plain process.
+ *
+ * In stage k the sides are halved k times, and a state holds orthonormal coordinates: 2^k times the mean of each block of
+ * 2^k x 2^k pixels. Times run from 0 (clean) to
+ * `train_timesteps`; time t is the model's timestep t - 1.
+ * ============================================================================================================== */
+
+/**
+ * A decomposed process. It never changes, so any number of threads may read it.
+ */
+typedef struct macula_schedule macula_schedule;
+
+/**
+ * What a schedule is. The text belongs to the schedule's handle.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The object that `macula_schedule_from_json` reads as this schedule.
+   */
+  const char *json;
+  /**
+   * Stages: one more than turning points.
+   */
+  size_t stage_count;
+  /**
+   * The last time: the training steps of the model.
+   */
+  size_t train_timesteps;
+  /**
+   * r of the attenuation.
+   */
+  double attenuation_r;
+  /**
+   * q of the attenuation.
+   */
+  double attenuation_q;
+} macula_schedule_info;
+
+/**
+ * An empty struct to be filled in: `macula_schedule_info x = MACULA_SCHEDULE_INFO_INIT;`
+ */
+#define MACULA_SCHEDULE_INFO_INIT { sizeof(macula_schedule_info), 0, 0, 0, 0, 0 }
+
+/**
+ * One stage of a schedule.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The first time of the stage: its turning point; 0 for stage 0.
+   */
+  size_t first_time;
+  /**
+   * The last time of the stage.
+   */
+  size_t last_time;
+  /**
+   * Side of the states that the model was trained with here; 0 if the schedule does not say.
+   */
+  size_t side;
+  /**
+   * Root mean square of the clean coordinates that are dropped where the stage ends; 0 if they count as noise alone, and
+   * for the last stage, which drops none.
+   */
+  double lift_std;
+  /**
+   * Class label that the model is told here, if `has_class_label`.
+   */
+  int64_t class_label;
+  /**
+   * 1 if the schedule has class labels.
+   */
+  int32_t has_class_label;
+  /**
+   * 0.
+   */
+  int32_t reserved;
+} macula_stage_info;
+
+/**
+ * An empty struct to be filled in: `macula_stage_info x = MACULA_STAGE_INFO_INIT;`
+ */
+#define MACULA_STAGE_INFO_INIT { sizeof(macula_stage_info), 0, 0, 0, 0, 0, 0, 0 }
+
+/**
+ * One component of a schedule at a time: `y = signal v + sigma noise` for its clean coordinates v.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Share of the clean coordinates.
+   */
+  double signal;
+  /**
+   * Deviation of the noise.
+   */
+  double sigma;
+  /**
+   * The kernel from the time before: share of the state there.
+   */
+  double kernel_scale;
+  /**
+   * The kernel from the time before: variance of the noise that is added.
+   */
+  double kernel_variance;
+  /**
+   * Divergence (Kullback-Leibler, nats) per dimension from taking the component for noise here, if its clean coordinates
+   * have a mean square of 1; proportional to that.
+   */
+  double drop_error;
+} macula_component_info;
+
+/**
+ * An empty struct to be filled in: `macula_component_info x = MACULA_COMPONENT_INFO_INIT;`
+ */
+#define MACULA_COMPONENT_INFO_INIT { sizeof(macula_component_info), 0, 0, 0, 0, 0 }
+
+/**
+ * What turning points are chosen by.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Pictures like those that the model draws, of sides that can be halved so often; not NULL. Default: `NULL`.
+   */
+  const macula_image *pictures;
+  /**
+   * Number of pictures, at least 1; the more, the surer. Default: `0`.
+   */
+  size_t picture_count;
+  /**
+   * The cost of one model call at each stage, `turning_points + 1` numbers above 0 in any unit. May be NULL: a call costs
+   * as much as it has pixels. Default: `NULL`.
+   */
+  const double *stage_costs;
+  /**
+   * Path of an SVG file that shows each component's signal to noise, its drop error, and the predicted cost. May be NULL.
+   * Default: `NULL`.
+   */
+  const char *plot;
+  /**
+   * The most turning points, 1 to 14. Default: `2`.
+   */
+  size_t turning_points;
+  /**
+   * The most that dropping a component may cost: Kullback-Leibler divergence in nats per dimension, above 0.
+   * Default: `1e-3`.
+   */
+  double drop_error;
+  /**
+   * r of the attenuation, in (0, 1]. Default: `0.1`.
+   */
+  double attenuation_r;
+  /**
+   * q of the attenuation, in [1, 1000]. Default: `2.0`.
+   */
+  double attenuation_q;
+} macula_choose_options;
+
+/**
+ * The defaults: `macula_choose_options x = MACULA_CHOOSE_OPTIONS_INIT;`
+ */
+#define MACULA_CHOOSE_OPTIONS_INIT { sizeof(macula_choose_options), NULL, 0, NULL, NULL, 2, 1e-3, 0.1, 2.0 }
+
+/**
+ * How noise is taken away: one of `MACULA_SAMPLER_*`.
+ */
+typedef int32_t macula_sampler;
+
+/**
+ * The one of the model's `scheduler/`.
+ */
+#define MACULA_SAMPLER_DEFAULT 0
+
+/**
+ * DDPM (arXiv 2006.11239).
+ */
+#define MACULA_SAMPLER_DDPM 1
+
+/**
+ * DDIM (arXiv 2010.02502); `eta` adds noise.
+ */
+#define MACULA_SAMPLER_DDIM 2
+
+/**
+ * Euler (arXiv 2206.00364).
+ */
+#define MACULA_SAMPLER_EULER 3
+
+/**
+ * Euler with noise added at each step.
+ */
+#define MACULA_SAMPLER_EULER_ANCESTRAL 4
+
+/**
+ * DPM-Solver++ of second order, multistep (arXiv 2211.01095).
+ */
+#define MACULA_SAMPLER_DPM_MULTISTEP 5
+
+/**
+ * For latent consistency models (arXiv 2310.04378).
+ */
+#define MACULA_SAMPLER_LCM 6
+
+
+/**
+ * Reads a schedule and checks it.
+ *
+ * - `json`: an object with the fields of a diffusers `scheduler_config.json` (`_class_name` `"DDIMScheduler"` and
+ *   `timestep_spacing` `"trailing"` if they are left out; `alphas_cumprod`, a list, may stand in place of betas), and all
+ *   optional: `turning_points`, rising times in 2 to `train_timesteps - 1`; `attenuation` `{"r", "q"}`, the signal of what
+ *   is dropped at time T being `r^((t / T)^q)` of a plain process's, r in (0, 1], q in [1, 1000]; `lift_std`, a number for
+ *   each turning point: the root mean square of the clean coordinates that are dropped there; `stage_class_labels` and
+ *   `stage_sizes`, a whole number for each stage. Not NULL.
+ * - `out_schedule`: receives the schedule; not NULL. Free it with `macula_schedule_free`.
+ *
+ * Errors: `INVALID_FILE` and `UNSUPPORTED` naming the field, its value and its range. Any thread.
+ */
+macula_status macula_schedule_from_json(const char *json,
+                                        macula_schedule **out_schedule);
+
+/**
+ * The schedule that a pipeline's model was trained for: `scheduler/decomposed.json` of its folder.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `out_schedule`: receives the schedule; not NULL. Free it with `macula_schedule_free`.
+ *
+ * Errors: `NOT_FOUND` if the folder has none; `BUSY` during a job. Any thread.
+ */
+macula_status macula_pipeline_get_schedule(const macula_pipeline *pipeline, macula_schedule **out_schedule);
+
+/**
+ * Frees a schedule; its text ends. Trajectories that were begun with it go on.
+ *
+ * - `schedule`: a live schedule; may be NULL, then nothing happens.
+ *
+ * Any thread.
+ */
+macula_status macula_schedule_free(macula_schedule *schedule);
+
+/**
+ * What a schedule is.
+ *
+ * - `schedule`: a live schedule; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_SCHEDULE_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_schedule_get_info(const macula_schedule *schedule, macula_schedule_info *out_info);
+
+/**
+ * One stage of a schedule.
+ *
+ * - `schedule`: a live schedule; not NULL.
+ * - `stage`: below `stage_count` of `macula_schedule_info`.
+ * - `out_info`: an initialised struct (`MACULA_STAGE_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_schedule_get_stage(const macula_schedule *schedule,
+                                        size_t stage,
+                                        macula_stage_info *out_info);
+
+/**
+ * One component of a schedule at a time. Component i is what the states of stage i have and those of stage i + 1 have
+ * not; the last one is never dropped.
+ *
+ * - `schedule`: a live schedule; not NULL.
+ * - `component`: below `stage_count` of `macula_schedule_info`.
+ * - `time`: 1 to `train_timesteps`.
+ * - `out_info`: an initialised struct (`MACULA_COMPONENT_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Any thread.
+ */
+macula_status macula_schedule_get_component(const macula_schedule *schedule,
+                                            size_t component,
+                                            size_t time,
+                                            macula_component_info *out_info);
+
+/**
+ * Whether a pipeline's model can be walked by a schedule: that it is no other model's, and that the UNet takes every
+ * stage's size. One prediction is made for each size that was not drawn before, so that a provider that builds something
+ * for a size has built it when this returns.
+ *
+ * - `schedule`: a live schedule; not NULL.
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `width`: pixels in a row of the pictures that are to be drawn; 0 for the model's own.
+ * - `height`: rows, likewise.
+ * - `cancel`: stops the check from another thread; may be NULL.
+ *
+ * Errors: `INVALID_ARGUMENT` with the difference or the stage whose size is refused; `RUNTIME_FAILED`, naming the stage;
+ * `CANCELLED`; `BUSY` during another job. Any thread; blocks until it is done.
+ */
+macula_status macula_schedule_check(const macula_schedule *schedule,
+                                    macula_pipeline *pipeline,
+                                    uint32_t width,
+                                    uint32_t height,
+                                    const macula_cancel_token *cancel);
+
+/**
+ * Chooses turning points from pictures: for each component, the finest first, the earliest within the budget; one that is
+ * within it at no time is not dropped, nor are those coarser than it. Noise levels are those that the pipeline's model was
+ * trained with; a model must be trained for the schedule before it can be walked well.
+ *
+ * - `pipeline`: a live pipeline; not NULL.
+ * - `options`: what they are chosen by; not NULL, because pictures have no default.
+ * - `out_cost`: receives the predicted cost of a walk over all times, as a share of the plain one's; may be NULL.
+ * - `out_schedule`: receives the schedule, with the dropped parts' spread as `lift_std`; not NULL. Free it with
+ *   `macula_schedule_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` with the range that was left; `INVALID_FILE` for the attenuation; `NOT_FOUND` for a latent
+ * model without a VAE encoder; `IO` for the plot; `BUSY` during another job. Any thread.
+ */
+macula_status macula_schedule_choose(const macula_pipeline *pipeline,
+                                     const macula_choose_options *options,
+                                     double *out_cost,
+                                     macula_schedule **out_schedule);
+
+
+/* ==============================================================================================================
+ * Trajectories
+ *
+ * A trajectory is a walk from noise to clean states by a schedule, for hosts with a sampler loop of their own: it says what
+ * each step needs and does the arithmetic, whoever computes the predictions (`macula_pipeline_denoise`, for one). States
+ * are `[batch, channels, h, w]`, 32-bit floating point, and their sides double at each lift.
+ * ============================================================================================================== */
+
+/**
+ * A walk under way, from noise to clean states. One call at a time.
+ */
+typedef struct macula_trajectory macula_trajectory;
+
+/**
+ * How a schedule is walked.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * DDIM: share of DDPM's noise, 0 to 1. Default: `0.0`.
+   */
+  double eta;
+  /**
+   * States at once, at least 1. Default: `1`.
+   */
+  uint32_t batch;
+  /**
+   * Channels of a state. Default: `3`.
+   */
+  uint32_t channels;
+  /**
+   * Rows of the clean states at the end. Default: `64`.
+   */
+  uint32_t height;
+  /**
+   * Columns of the clean states at the end. Default: `64`.
+   */
+  uint32_t width;
+  /**
+   * Steps, 1 to `train_timesteps`; turning points are added where they are not among them. Default: `25`.
+   */
+  uint32_t steps;
+  /**
+   * First step that is run; above 0 to start from clean states. Default: `0`.
+   */
+  uint32_t start_step;
+  /**
+   * How noise is taken away; the schedule's `_class_name` by default. With turning points DDPM, DDIM or DPM multistep.
+   * Default: `MACULA_SAMPLER_DEFAULT`.
+   */
+  macula_sampler sampler;
+  /**
+   * 0. Default: `0`.
+   */
+  int32_t reserved;
+} macula_trajectory_options;
+
+/**
+ * The defaults: `macula_trajectory_options x = MACULA_TRAJECTORY_OPTIONS_INIT;`
+ */
+#define MACULA_TRAJECTORY_OPTIONS_INIT { sizeof(macula_trajectory_options), 0.0, 1, 3, 64, 64, 25, 0, MACULA_SAMPLER_DEFAULT, 0 }
+
+/**
+ * Where a trajectory is, and what its coming step needs.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The model's timestep at the coming step.
+   */
+  double timestep;
+  /**
+   * The model wants the state times this.
+   */
+  double input_scale;
+  /**
+   * Class label that the model is told at the coming step, if `has_class_label`.
+   */
+  int64_t class_label;
+  /**
+   * The coming step; `step_count` at the end.
+   */
+  size_t step;
+  /**
+   * All steps.
+   */
+  size_t step_count;
+  /**
+   * Stage of the state as it is now.
+   */
+  size_t stage;
+  /**
+   * Rows of the state as it is now.
+   */
+  size_t height;
+  /**
+   * Columns of the state as it is now.
+   */
+  size_t width;
+  /**
+   * Rows of the state after the coming step.
+   */
+  size_t next_height;
+  /**
+   * Columns of the state after the coming step.
+   */
+  size_t next_width;
+  /**
+   * 1 if the schedule has class labels.
+   */
+  int32_t has_class_label;
+  /**
+   * 1 if the coming step adds noise of the state's size.
+   */
+  int32_t needs_noise;
+  /**
+   * 1 if the coming step ends with a lift, which adds noise of the size after it.
+   */
+  int32_t lifts;
+  /**
+   * 1 at the end, when the state is clean.
+   */
+  int32_t done;
+} macula_trajectory_info;
+
+/**
+ * An empty struct to be filled in: `macula_trajectory_info x = MACULA_TRAJECTORY_INFO_INIT;`
+ */
+#define MACULA_TRAJECTORY_INFO_INIT { sizeof(macula_trajectory_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+
+
+/**
+ * Begins to walk a schedule, for hosts with a loop of their own.
+ *
+ * - `schedule`: a live schedule; not NULL. It may be freed before the trajectory.
+ * - `options`: how it is walked; may be NULL for the values of `MACULA_TRAJECTORY_OPTIONS_INIT`.
+ * - `out_trajectory`: receives the trajectory; not NULL. Free it with `macula_trajectory_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` with the range that was left, or if the sides cannot be halved for every stage;
+ * `UNSUPPORTED` for a sampler that has no form for it. Any thread.
+ */
+macula_status macula_schedule_begin(const macula_schedule *schedule,
+                                    const macula_trajectory_options *options,
+                                    macula_trajectory **out_trajectory);
+
+/**
+ * Frees a trajectory.
+ *
+ * - `trajectory`: a live trajectory; may be NULL, then nothing happens.
+ *
+ * Errors: `BUSY` during a call. Any thread.
+ */
+macula_status macula_trajectory_free(macula_trajectory *trajectory);
+
+/**
+ * Where a trajectory is.
+ *
+ * - `trajectory`: a live trajectory; not NULL.
+ * - `out_info`: an initialised struct (`MACULA_TRAJECTORY_INFO_INIT`) to be filled in; not NULL.
+ *
+ * Errors: `BUSY` during another call. Any thread.
+ */
+macula_status macula_trajectory_get_info(const macula_trajectory *trajectory,
+                                         macula_trajectory_info *out_info);
+
+/**
+ * The state before the first step.
+ *
+ * - `trajectory`: a live trajectory before its first step; not NULL.
+ * - `noise`: standard normal noise of the present size; not NULL.
+ * - `clean`: clean states of full size to start from, if `start_step` is above 0; may be NULL otherwise.
+ * - `out_state`: a tensor of the present size whose memory receives the state; not NULL. It may be the memory of `noise`.
+ *
+ * Errors: `INVALID_ARGUMENT` for other shapes; `BUSY` during another call. Any thread.
+ */
+macula_status macula_trajectory_start(const macula_trajectory *trajectory,
+                                      const macula_tensor *noise,
+                                      const macula_tensor *clean,
+                                      const macula_tensor *out_state);
+
+/**
+ * Takes the coming step.
+ *
+ * - `trajectory`: a live trajectory that is not at its end; not NULL.
+ * - `sample`: the state as it is now; not NULL.
+ * - `prediction`: what the model predicts for `input_scale` times the state, of its size; not NULL.
+ * - `noise`: standard normal noise of the state's size; may be NULL unless `needs_noise`.
+ * - `lift_noise`: standard normal noise of the next size; may be NULL unless `lifts`.
+ * - `out_state`: a tensor of the next size whose memory receives the next state; not NULL. It may be the memory of an
+ *   input.
+ * - `out_clean`: a tensor of the present size whose memory receives the clean state as it is predicted now, in units of
+ *   the full-sized one; may be NULL.
+ *
+ * Errors: `INVALID_ARGUMENT` for other shapes, missing noise, and at the end; `BUSY` during another call. After any of
+ * them the trajectory is where it was. Any thread.
+ */
+macula_status macula_trajectory_step(macula_trajectory *trajectory,
+                                     const macula_tensor *sample,
+                                     const macula_tensor *prediction,
+                                     const macula_tensor *noise,
+                                     const macula_tensor *lift_noise,
+                                     const macula_tensor *out_state,
+                                     const macula_tensor *out_clean);
+
+
+/* ==============================================================================================================
  * Drawing
  *
  * From a prompt to pictures, in one call that reports each step and can be stopped at any of them. The result depends
@@ -1591,7 +2142,7 @@ typedef struct {
   uint64_t total;
   /**
    * Stage `"denoise"`: the clean latent of all pictures as it is predicted now, `[batch, channels, h, w]`, 32-bit
-   * floating point in host memory; NULL otherwise.
+   * floating point in host memory, smaller in the early steps of a decomposed process; NULL otherwise.
    */
   const macula_tensor *latent;
   /**
@@ -1617,11 +2168,6 @@ typedef struct {
 typedef int32_t (*macula_progress_fn)(void *userdata, const macula_progress *progress);
 
 /**
- * How noise is taken away: one of `MACULA_SAMPLER_*`.
- */
-typedef int32_t macula_sampler;
-
-/**
  * What to draw.
  */
 typedef struct {
@@ -1638,8 +2184,14 @@ typedef struct {
    */
   const char *negative_prompt;
   /**
-   * Start noise `[batch, channels, h, w]`, 32-bit floating point, standard normal. May be NULL: it comes from `seed`.
+   * A decomposed process, in place of the model's plain one: early steps see smaller states and take less time. The model
+   * must have been trained for it; `macula_pipeline_get_schedule` gives the one that came with it. May be NULL.
    * Default: `NULL`.
+   */
+  const macula_schedule *schedule;
+  /**
+   * Start noise `[batch, channels, h, w]` of the size that the first step sees, 32-bit floating point, standard normal.
+   * May be NULL: it comes from `seed`. Default: `NULL`.
    */
   const macula_tensor *noise;
   /**
@@ -1683,7 +2235,8 @@ typedef struct {
    */
   double eta;
   /**
-   * Steps of the whole schedule, 1 to its training steps. Default: `25`.
+   * Steps of the whole schedule, 1 to its training steps; a `schedule` adds its turning points where they are not among
+   * them. Default: `25`.
    */
   uint32_t steps;
   /**
@@ -1729,42 +2282,7 @@ typedef struct {
 /**
  * The defaults: `macula_draw_options x = MACULA_DRAW_OPTIONS_INIT;`
  */
-#define MACULA_DRAW_OPTIONS_INIT { sizeof(macula_draw_options), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 7.5, 0.0, 0.0, 25, 0, 1, 0, 0, 0, MACULA_SAMPLER_DEFAULT, -1, 0, 0 }
-
-/**
- * The one of the model's `scheduler/`.
- */
-#define MACULA_SAMPLER_DEFAULT 0
-
-/**
- * DDPM (arXiv 2006.11239).
- */
-#define MACULA_SAMPLER_DDPM 1
-
-/**
- * DDIM (arXiv 2010.02502); `eta` adds noise.
- */
-#define MACULA_SAMPLER_DDIM 2
-
-/**
- * Euler (arXiv 2206.00364).
- */
-#define MACULA_SAMPLER_EULER 3
-
-/**
- * Euler with noise added at each step.
- */
-#define MACULA_SAMPLER_EULER_ANCESTRAL 4
-
-/**
- * DPM-Solver++ of second order, multistep (arXiv 2211.01095).
- */
-#define MACULA_SAMPLER_DPM_MULTISTEP 5
-
-/**
- * For latent consistency models (arXiv 2310.04378).
- */
-#define MACULA_SAMPLER_LCM 6
+#define MACULA_DRAW_OPTIONS_INIT { sizeof(macula_draw_options), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 7.5, 0.0, 0.0, 25, 0, 1, 0, 0, 0, MACULA_SAMPLER_DEFAULT, -1, 0, 0 }
 
 
 /**

@@ -177,6 +177,14 @@ fn drawing_composing_and_denoising_work_from_c() {
 }
 
 #[test]
+fn schedules_are_read_walked_and_drawn_with_from_c() {
+    let bench = Bench::new();
+    let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji");
+    let arguments = [&emoji.join("onnx"), &emoji.join("subjects/octopus"), bench.folder()];
+    bench.run(&bench.compile("schedule"), &arguments.map(AsRef::as_ref));
+}
+
+#[test]
 fn neurons_are_found_from_c() {
     let bench = Bench::new();
     let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji");
@@ -193,12 +201,14 @@ fn bytes_of<T>(value: &T) -> Vec<u8> {
 /// NULL options stand for the library's defaults, which must be those of the macros.
 #[test]
 fn the_init_macros_are_the_defaults_of_the_library() {
-    use macula::capi::{concept, denoise, discovery, draw, pipeline, runtime, session};
+    use macula::capi::{concept, denoise, discovery, draw, pipeline, runtime, schedule, session, trajectory};
     let defaults = [
         ("macula_runtime_options", bytes_of(&runtime::macula_runtime_options::default())),
         ("macula_session_options", bytes_of(&session::macula_session_options::default())),
         ("macula_concept_options", bytes_of(&concept::macula_concept_options::default())),
         ("macula_pipeline_options", bytes_of(&pipeline::macula_pipeline_options::default())),
+        ("macula_choose_options", bytes_of(&schedule::macula_choose_options::default())),
+        ("macula_trajectory_options", bytes_of(&trajectory::macula_trajectory_options::default())),
         ("macula_draw_options", bytes_of(&draw::macula_draw_options::default())),
         ("macula_discover_options", bytes_of(&discovery::macula_discover_options::default())),
         ("macula_denoise_inputs", bytes_of(&denoise::macula_denoise_inputs::default())),

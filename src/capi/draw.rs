@@ -12,37 +12,15 @@ use super::guard::guard;
 use super::handle::Object;
 use super::image::{macula_image, macula_images};
 use super::pipeline::macula_pipeline;
+use super::schedule::{self, MACULA_SAMPLER_DEFAULT, macula_sampler, macula_schedule};
 use super::status::macula_status;
 use super::tensor::{MACULA_DTYPE_F32, macula_tensor};
+use crate::diffusion::decomposed::Schedule;
 use crate::diffusion::guidance::{Guidance, StepReport};
 use crate::diffusion::pipeline::{DrawOptions, Images, Start};
 use crate::diffusion::schedule::Sampler;
 use crate::error::{Error, Result};
 use crate::progress::{CancelToken, Job};
-
-/// How noise is taken away: one of `MACULA_SAMPLER_*`.
-pub type macula_sampler = i32;
-
-/// The one of the model's `scheduler/`.
-pub const MACULA_SAMPLER_DEFAULT: macula_sampler = 0;
-
-/// DDPM (arXiv 2006.11239).
-pub const MACULA_SAMPLER_DDPM: macula_sampler = 1;
-
-/// DDIM (arXiv 2010.02502); `eta` adds noise.
-pub const MACULA_SAMPLER_DDIM: macula_sampler = 2;
-
-/// Euler (arXiv 2206.00364).
-pub const MACULA_SAMPLER_EULER: macula_sampler = 3;
-
-/// Euler with noise added at each step.
-pub const MACULA_SAMPLER_EULER_ANCESTRAL: macula_sampler = 4;
-
-/// DPM-Solver++ of second order, multistep (arXiv 2211.01095).
-pub const MACULA_SAMPLER_DPM_MULTISTEP: macula_sampler = 5;
-
-/// For latent consistency models (arXiv 2310.04378).
-pub const MACULA_SAMPLER_LCM: macula_sampler = 6;
 
 /// How far a job is. All memory that it leads to stays for the call of the callback only.
 #[repr(C)]
@@ -56,7 +34,7 @@ pub struct macula_progress {
     /// Steps in all of this stage.
     pub total: u64,
     /// Stage `"denoise"`: the clean latent of all pictures as it is predicted now, `[batch, channels, h, w]`, 32-bit
-    /// floating point in host memory; NULL otherwise.
+    /// floating point in host memory, smaller in the early steps of a decomposed process; NULL otherwise.
     pub latent: *const macula_tensor,
     /// The first picture as it is predicted now, if `preview` was asked for and the model draws in pixel space; NULL
     /// otherwise.
@@ -85,8 +63,12 @@ pub struct macula_draw_options {
     pub prompt: *const c_char,
     /// What to steer away from. May be NULL: the empty prompt. Default: `NULL`.
     pub negative_prompt: *const c_char,
-    /// Start noise `[batch, channels, h, w]`, 32-bit floating point, standard normal. May be NULL: it comes from `seed`.
+    /// A decomposed process, in place of the model's plain one: early steps see smaller states and take less time. The model
+    /// must have been trained for it; `macula_pipeline_get_schedule` gives the one that came with it. May be NULL.
     /// Default: `NULL`.
+    pub schedule: *const macula_schedule,
+    /// Start noise `[batch, channels, h, w]` of the size that the first step sees, 32-bit floating point, standard normal.
+    /// May be NULL: it comes from `seed`. Default: `NULL`.
     pub noise: *const macula_tensor,
     /// Clean latent to start from, `[batch, channels, h, w]` or `[1, channels, h, w]`, 32-bit floating point, scaled as
     /// the UNet sees it. May be NULL. At most one of this and `start_image`. Default: `NULL`.
@@ -110,7 +92,8 @@ pub struct macula_draw_options {
     pub guidance_rescale: f64,
     /// DDIM: share of DDPM's noise, 0 to 1. Default: `0.0`.
     pub eta: f64,
-    /// Steps of the whole schedule, 1 to its training steps. Default: `25`.
+    /// Steps of the whole schedule, 1 to its training steps; a `schedule` adds its turning points where they are not among
+    /// them. Default: `25`.
     pub steps: u32,
     /// First step that is run, with `start_latent` or `start_image`: 0 to `steps - 1`; the later, the more of the start
     /// is kept. Default: `0`.
@@ -140,6 +123,7 @@ impl Default for macula_draw_options {
             struct_size: size_of::<Self>(),
             prompt: std::ptr::null(),
             negative_prompt: std::ptr::null(),
+            schedule: std::ptr::null(),
             noise: std::ptr::null(),
             start_latent: std::ptr::null(),
             start_image: std::ptr::null(),
@@ -166,7 +150,7 @@ impl Default for macula_draw_options {
 
 // SAFETY: repr(C), begins with its size; pointers, an optional function pointer and numbers take any bytes.
 unsafe impl Versioned for macula_draw_options {
-    const FIRST_SIZE: usize = 144;
+    const FIRST_SIZE: usize = 152;
 }
 
 /// Draws pictures.
@@ -194,10 +178,14 @@ pub unsafe extern "C" fn macula_pipeline_draw(
             true => CancelToken::new(),
             false => call.object(options.cancel, "options.cancel")?.token.clone(),
         };
+        let schedule = match options.schedule.is_null() {
+            true => None,
+            false => Some(call.object(options.schedule, "options.schedule")?),
+        };
         // SAFETY: valid as the header asks.
         let inputs = unsafe { Inputs::read(&options) }?;
         let work = &mut *pipeline.begin()?;
-        let images = inputs.draw(&options, work, cancel)?;
+        let images = inputs.draw(&options, schedule.as_ref().map(|entry| &entry.schedule), work, cancel)?;
         out_images.set(macula_images::table().insert(macula_images { images }));
         Ok(())
     })
@@ -245,18 +233,7 @@ impl Inputs {
             noise: tensor(options.noise, "options.noise")?,
             start_latent: tensor(options.start_latent, "options.start_latent")?,
             start_image: image(options.start_image, "options.start_image")?,
-            sampler: match options.sampler {
-                MACULA_SAMPLER_DEFAULT => None,
-                MACULA_SAMPLER_DDPM => Some(Sampler::Ddpm),
-                MACULA_SAMPLER_DDIM => Some(Sampler::Ddim),
-                MACULA_SAMPLER_EULER => Some(Sampler::Euler),
-                MACULA_SAMPLER_EULER_ANCESTRAL => Some(Sampler::EulerAncestral),
-                MACULA_SAMPLER_DPM_MULTISTEP => Some(Sampler::DpmMultistep),
-                MACULA_SAMPLER_LCM => Some(Sampler::Lcm),
-                other => {
-                    return Err(Error::invalid_argument(format!("options.sampler is {other}, not a MACULA_SAMPLER_*")));
-                }
-            },
+            sampler: schedule::sampler(options.sampler, "options.sampler")?,
             karras: match options.karras {
                 -1 => None,
                 0 => Some(false),
@@ -269,6 +246,7 @@ impl Inputs {
     fn draw(
         &self,
         options: &macula_draw_options,
+        schedule: Option<&Schedule>,
         work: &mut super::pipeline::Work,
         cancel: CancelToken,
     ) -> Result<Images> {
@@ -279,6 +257,7 @@ impl Inputs {
         wanted.height = (options.height != 0).then_some(options.height as usize);
         wanted.steps = options.steps as usize;
         wanted.guidance = Guidance { scale: options.guidance, rescale: options.guidance_rescale };
+        wanted.schedule = schedule;
         wanted.sampler = self.sampler;
         wanted.karras = self.karras;
         wanted.eta = options.eta;
@@ -299,18 +278,16 @@ impl Inputs {
         };
         let pixels = work.pipeline.info().latent_factor == 1;
         let teller = Teller { callback: options.progress, userdata: options.progress_userdata };
-        let steps = wanted.steps.saturating_sub(step) as u64;
         let mut on_step = |report: &StepReport<'_>| {
             let preview = (options.preview != 0 && pixels).then(|| preview(report)).flatten();
             let preview = preview.as_ref().and_then(|images| macula_image::of(images, 0).ok());
             let latent = macula_tensor::view(report.clean, &report.clean_shape, MACULA_DTYPE_F32);
             let done = (report.step + 1).saturating_sub(step) as u64;
+            let steps = report.steps.saturating_sub(step) as u64;
             teller.tell(c"denoise", done, steps, Some(&latent), preview.as_ref())
         };
-        if teller.tell(c"denoise", 0, steps, None, None).is_break() {
-            return Err(Error::new(crate::error::Status::Cancelled, "the draw was cancelled before its first step"));
-        }
         let mut report = |progress: crate::progress::Progress<'_>| match progress.stage {
+            "denoise" if progress.done == 0 => teller.tell(c"denoise", 0, progress.total, None, None),
             "decode" => teller.tell(c"decode", progress.done, progress.total, None, None),
             _ => ControlFlow::Continue(()),
         };

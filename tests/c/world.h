@@ -10,6 +10,8 @@ static macula_concept *world_macula_concept;
 static macula_cancel_token *world_macula_cancel_token;
 static macula_images *world_macula_images;
 static macula_embedding *world_macula_embedding;
+static macula_schedule *world_macula_schedule;
+static macula_trajectory *world_macula_trajectory;
 static char world_file[4096];
 static char world_model[4096];
 
@@ -27,6 +29,7 @@ static inline void *world_memory(void) {
 static inline const char *world_text(const char *parameter) {
   return !strcmp(parameter, "file")     ? world_file
          : !strcmp(parameter, "folder") ? world_model
+         : !strcmp(parameter, "json")   ? "{\"turning_points\": [400]}"
          : !strcmp(parameter, "key")    ? "modelspec.title"
                                         : PROMPT;
 }
@@ -43,6 +46,12 @@ PLAIN_FILL(macula_pipeline_info)
 PLAIN_FILL(macula_embedding_info)
 PLAIN_FILL(macula_memory_info)
 PLAIN_FILL(macula_discover_options)
+PLAIN_FILL(macula_schedule_info)
+PLAIN_FILL(macula_stage_info)
+PLAIN_FILL(macula_component_info)
+PLAIN_FILL(macula_choose_options)
+PLAIN_FILL(macula_trajectory_options)
+PLAIN_FILL(macula_trajectory_info)
 
 static inline macula_concept_options *world_fill_macula_concept_options(macula_concept_options *filled) {
   filled->fingerprint = BASE_A;
@@ -106,11 +115,15 @@ static inline void world_create(const char *model, const char *folder) {
   world_macula_concept = concept_for(world_macula_pipeline, 8, MACULA_ROLE_IMPLANT);
   OK(macula_concept_save(world_macula_concept, world_file));
   OK(macula_pipeline_encode_prompt(world_macula_pipeline, PROMPT, NULL, &world_macula_embedding));
+  OK(macula_schedule_from_json(world_text("json"), &world_macula_schedule));
+  OK(macula_schedule_begin(world_macula_schedule, NULL, &world_macula_trajectory));
   OK(macula_pipeline_draw(world_macula_pipeline, world_fill_macula_draw_options(&options), &world_macula_images));
 }
 
 static inline void world_free(void) {
   OK(macula_images_free(world_macula_images));
+  OK(macula_trajectory_free(world_macula_trajectory));
+  OK(macula_schedule_free(world_macula_schedule));
   OK(macula_embedding_free(world_macula_embedding));
   OK(macula_concept_free(world_macula_concept));
   OK(macula_cancel_token_free(world_macula_cancel_token));

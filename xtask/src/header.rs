@@ -24,6 +24,8 @@ const SECTIONS: &[&str] = &[
     "concept",
     "pipeline",
     "composition",
+    "schedule",
+    "trajectory",
     "draw",
     "discovery",
     "denoise",
