@@ -60,7 +60,7 @@ fn schedule(class: &str, prediction: &str, turning_points: &[usize], r: f64, lif
 fn down_up_and_the_components_are_orthonormal() {
     let size = Size { planes: 6, height: 12, width: 20 };
     let low = Size { height: 6, width: 10, ..size };
-    let (x, y) = (normal(1, size.len().unwrap()), normal(2, low.len().unwrap()));
+    let (x, y) = (normal(1, size.elements().unwrap()), normal(2, low.elements().unwrap()));
     assert_eq!(down(&up(&y, low).unwrap(), size).unwrap(), y);
     let project = |x: &[f32]| up(&down(x, size).unwrap(), low).unwrap();
     let once = project(&x);
@@ -75,7 +75,7 @@ fn down_up_and_the_components_are_orthonormal() {
     let components = decompose(&x, size, 2).unwrap();
     let twice = down(&down(&x, size).unwrap(), low).unwrap();
     assert_eq!(components[components.len() - twice.len()..], twice);
-    assert!((energy(&components[..size.len().unwrap() * 3 / 4]) / energy(&rest) - 1.0).abs() < 1e-6);
+    assert!((energy(&components[..size.elements().unwrap() * 3 / 4]) / energy(&rest) - 1.0).abs() < 1e-6);
     assert!(support::relative_error(&assemble(components.to_vec(), size, 2).unwrap(), &x) < 1e-6);
 }
 
@@ -393,7 +393,7 @@ fn whole_states_of_gaussian_data_have_the_variances_too() {
             let mut prediction = decompose(&state, here, levels).unwrap().to_vec();
             let mut at = 0;
             for (component, coefficients) in (stage..).zip(&step.components) {
-                let last = here.halved(component - stage).unwrap().len().unwrap();
+                let last = here.halved(component - stage).unwrap().elements().unwrap();
                 let count = if component == 2 { last } else { last / 4 * 3 };
                 let g = best("epsilon", coefficients, variances[component], 1.0);
                 prediction[at..at + count].iter_mut().for_each(|value| *value = (g * f64::from(*value)) as f32);
@@ -616,7 +616,7 @@ fn calls_and_pixels_are_those_of_the_formula() {
         };
         let expected: Vec<usize> = (0..=last).map(formula).collect();
         assert_eq!(plan.calls(), expected, "{turning:?}");
-        let pixels: u64 = expected.iter().enumerate().map(|(k, n)| *n as u64 * (64 * 64 >> (2 * k))).sum();
+        let pixels: u64 = expected.iter().enumerate().map(|(k, n)| *n as u64 * ((64 * 64) >> (2 * k))).sum();
         assert_eq!(plan.pixel_evaluations(64, 64), pixels, "{turning:?}");
     }
 }
@@ -752,7 +752,7 @@ fn a_schedule_of_another_model_is_told_apart() {
 
 /// Pictures with components of known mean squares, the finest first.
 fn pictures(size: Size, mean_squares: [f64; 3]) -> Vec<f32> {
-    let mut components = normal(77, size.len().unwrap());
+    let mut components = normal(77, size.elements().unwrap());
     let (fine, middle) = (components.len() / 4 * 3, components.len() / 16 * 15);
     for (at, value) in components.iter_mut().enumerate() {
         let component = usize::from(at >= fine) + usize::from(at >= middle);

@@ -243,7 +243,7 @@ fn times_batch([batch, channels, height, width]: [usize; 4], passes: usize) -> [
 impl Noise<'_> {
     fn start_of(&self, shape: [usize; 4]) -> Result<Vec<f32>> {
         match self.start {
-            None => self.from_seed(0, shape),
+            None => self.of_seed(0, shape),
             Some(start) if start.len() == shape.iter().product::<usize>() => {
                 precision::collect(start.len(), start.iter().copied())
             }
@@ -258,18 +258,18 @@ impl Noise<'_> {
     fn of_step(&mut self, index: usize, shape: [usize; 4]) -> Result<Vec<f32>> {
         match &mut self.step {
             Some(given) => fill(shape, |out| given(index, out)),
-            None => self.from_seed(index as u32 + 1, shape),
+            None => self.of_seed(index as u32 + 1, shape),
         }
     }
 
     fn of_lift(&mut self, index: usize, stage: usize, shape: [usize; 4]) -> Result<Vec<f32>> {
         match &mut self.lift {
             Some(given) => fill(shape, |out| given(index, out)),
-            None => self.from_seed(u32::MAX - stage as u32, shape),
+            None => self.of_seed(u32::MAX - stage as u32, shape),
         }
     }
 
-    fn from_seed(&self, step: u32, shape: [usize; 4]) -> Result<Vec<f32>> {
+    fn of_seed(&self, step: u32, shape: [usize; 4]) -> Result<Vec<f32>> {
         let one = shape[1..].iter().product();
         fill(shape, |out| {
             for (image, out) in out.chunks_exact_mut(one).enumerate() {

@@ -38,7 +38,7 @@ impl Statistics {
         let components = decompose(states, size, self.levels)?;
         let mut rest = &components[..];
         for level in 0..=self.levels {
-            let low = size.halved(level)?.len()?;
+            let low = size.halved(level)?.elements()?;
             let (part, after) = rest.split_at(if level == self.levels { low } else { low / 4 * 3 });
             self.sums[level] += part.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
             self.counts[level] += part.len() as f64;

@@ -33,7 +33,7 @@ impl Size {
     ///
     /// # Errors
     /// [`crate::Status::InvalidArgument`] for none, and for more than memory could hold.
-    pub fn len(self) -> Result<usize> {
+    pub fn elements(self) -> Result<usize> {
         let len = self.planes.checked_mul(self.height).and_then(|rows| rows.checked_mul(self.width));
         len.filter(|len| *len > 0 && *len <= isize::MAX as usize / 8)
             .ok_or_else(|| Error::invalid_argument(format!("a state of {self:?} is empty or too large")))
@@ -56,7 +56,7 @@ impl Size {
     }
 
     fn check(self, values: &[f32]) -> Result<()> {
-        let len = self.len()?;
+        let len = self.elements()?;
         if values.len() == len {
             Ok(())
         } else {
@@ -75,7 +75,7 @@ const HIGH: [[f64; 4]; 3] = [[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0], [1.
 pub fn down(x: &[f32], size: Size) -> Result<Vec<f32>> {
     size.check(x)?;
     let low = size.halved(1)?;
-    precision::collect(low.len()?, blocks(x, size).map(|block| (block.iter().sum::<f64>() / 2.0) as f32))
+    precision::collect(low.elements()?, blocks(x, size).map(|block| (block.iter().sum::<f64>() / 2.0) as f32))
 }
 
 /// The block-constant picture of twice the `size` with these coordinates: the adjoint of [`down`].
@@ -88,7 +88,7 @@ pub fn up(y: &[f32], size: Size) -> Result<Vec<f32>> {
     let row = |row: usize| row / (2 * size.height) * size.height + row % (2 * size.height) / 2;
     let rows = size.planes * wide.height;
     let pixel = move |at: usize| row(at / wide.width) * size.width + at % wide.width / 2;
-    precision::collect(wide.len()?, (0..rows * wide.width).map(|at| y[pixel(at)] / 2.0))
+    precision::collect(wide.elements()?, (0..rows * wide.width).map(|at| y[pixel(at)] / 2.0))
 }
 
 /// The coordinates of `x` in the orthonormal basis of its components: for each level from the finest on, the complement's
@@ -122,7 +122,7 @@ pub fn decompose(x: &[f32], size: Size, levels: usize) -> Result<Cow<'_, [f32]>>
 /// As [`decompose`].
 pub fn assemble(components: Vec<f32>, size: Size, levels: usize) -> Result<Vec<f32>> {
     size.check(&components)?;
-    let lowest = size.halved(levels)?.len()?;
+    let lowest = size.halved(levels)?.elements()?;
     let mut high = components.len() - lowest;
     if levels == 0 {
         return Ok(components);

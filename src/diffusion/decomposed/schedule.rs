@@ -269,7 +269,7 @@ fn check(decomposition: &Decomposition, times: usize) -> Result<()> {
         return refuse(format!("turning_points holds {} before {}: they must rise", pair[0], pair[1]));
     }
     let Attenuation { r, q } = *attenuation;
-    if !(r > 0.0 && r <= 1.0) || !(1.0..=MAX_POWER).contains(&q) {
+    if !(r > 0.0 && r <= 1.0 && (1.0..=MAX_POWER).contains(&q)) {
         return refuse(format!("attenuation is r = {r}, q = {q}; r must be in (0, 1] and q in [1, {MAX_POWER}]"));
     }
     let stages = turning_points.len() + 1;

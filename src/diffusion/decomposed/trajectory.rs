@@ -26,7 +26,7 @@ impl Trajectory {
     /// [`crate::Status::InvalidArgument`] for an empty shape, and unless the sides can be halved for every stage.
     pub fn new(plan: Plan, shape: [usize; 4]) -> Result<Self> {
         let walk = Self { next: plan.start(), plan, shape, previous: Vec::new() };
-        walk.size(0)?.len()?;
+        walk.size(0)?.elements()?;
         walk.size(walk.plan.first_stage())?;
         Ok(walk)
     }
@@ -66,12 +66,12 @@ impl Trajectory {
     pub fn begin(&self, noise: &[f32], clean: Option<&[f32]>) -> Result<Vec<f32>> {
         let stage = self.stage();
         let size = self.size(stage)?;
-        same_length("noise", noise, size.len()?)?;
+        same_length("noise", noise, size.elements()?)?;
         let Some((clean, (_, step))) = clean.zip(self.current()) else {
             let sigma = self.plan.initial_sigma();
             return precision::collect(noise.len(), noise.iter().map(|z| (sigma * f64::from(*z)) as f32));
         };
-        same_length("clean state", clean, self.size(0)?.len()?)?;
+        same_length("clean state", clean, self.size(0)?.elements()?)?;
         let mut low = precision::collect(clean.len(), clean.iter().copied())?;
         for stage in 0..stage {
             low = down(&low, self.size(stage)?)?;
@@ -112,7 +112,7 @@ impl Trajectory {
             return Err(Error::invalid_argument(format!("all {} steps are done", self.plan.steps().len())));
         };
         let size = self.size(step.stage)?;
-        let len = size.len()?;
+        let len = size.elements()?;
         same_length("state", state, len)?;
         same_length("prediction", prediction, len)?;
         let given = |what: &str, noise: Option<&[f32]>, needed: bool, len: usize| match noise {
@@ -198,8 +198,8 @@ fn scale_of(stage: usize) -> f64 {
 
 /// Where the values of each component lie among those of [`decompose`].
 fn parts(step: &StagedStep, size: Size) -> Result<Vec<(Step, Range<usize>)>> {
-    let len = size.len()?;
-    let ends = (1..step.components.len()).map(|level| size.halved(level).and_then(|low| Ok(len - low.len()?)));
+    let len = size.elements()?;
+    let ends = (1..step.components.len()).map(|level| size.halved(level).and_then(|low| Ok(len - low.elements()?)));
     let ends: Vec<usize> = ends.chain([Ok(len)]).collect::<Result<_>>()?;
     let begins = [0].into_iter().chain(ends.iter().copied());
     Ok(step.components.iter().copied().zip(begins.zip(ends.iter()).map(|(begin, end)| begin..*end)).collect())
