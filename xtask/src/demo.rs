@@ -16,12 +16,14 @@ const SUBJECTS: [(&str, &str, &str); 2] = [("green-apple", "<s1>", "apple"), ("o
 const ERASED: (&str, &str) = ("tiger", "an animal");
 
 /// Builds the library, compiles the C examples against the header, finds two subjects in pictures of them and the neurons
-/// of a word to forget, and draws `out/demo.png` with what was found.
+/// of a word to forget, and draws `out/demo.png` with what was found; then `out/decomposed.png`, the plain and the
+/// decomposed process side by side.
 pub fn run() -> Result<()> {
     let runtime = python::onnxruntime()?;
     step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
-    let (discover, erase, compose) =
-        (compile_example("discover")?, compile_example("erase")?, compile_example("compose")?);
+    let [discover, erase, compose, decomposed] =
+        ["discover", "erase", "compose", "decomposed"].map(compile_example);
+    let (discover, erase, compose, decomposed) = (discover?, erase?, compose?, decomposed?);
     let models = root().join("models");
     let model = models.join("emoji/onnx");
     let mut concepts = Vec::new();
@@ -47,9 +49,13 @@ pub fn run() -> Result<()> {
     concepts.push(erased);
     let picture = out()?.join("demo.png");
     let draw = &mut Command::new(compose);
-    draw.env("MACULA_ONNXRUNTIME", runtime).arg(model).args(concepts).arg(&picture);
+    draw.env("MACULA_ONNXRUNTIME", &runtime).arg(&model).args(concepts).arg(&picture);
     step("draw", draw)?;
-    println!("The picture is {}", picture.display());
+    let sheet = out()?.join("decomposed.png");
+    let draw = &mut Command::new(decomposed);
+    draw.env("MACULA_ONNXRUNTIME", runtime).arg(model).arg(&sheet);
+    step("draw with early steps on small states", draw)?;
+    println!("The pictures are {} and {}", picture.display(), sheet.display());
     Ok(())
 }
 
