@@ -15,6 +15,8 @@ pub enum What {
     Model,
     /// What concept neurons of kept-out subjects do, alone and composed: out/cones.json and out/cones-*.png
     Cones,
+    /// What the decomposed process costs and how well it draws, beside the plain one: out/decomposed.json
+    Decomposed,
 }
 
 /// Runs one measurement; `full` takes larger samples.
@@ -22,6 +24,7 @@ pub fn run(what: What, full: bool) -> Result<()> {
     let script = match what {
         What::Model => "models/emoji/evaluate.py",
         What::Cones => "models/reference/evaluate_cones.py",
+        What::Decomposed => "models/emoji/evaluate_decomposed.py",
     };
     let evaluate = &mut Command::new(python::environment()?);
     evaluate.current_dir(root()).arg(script).arg("--out").arg(out()?);
