@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use macula::diffusion::pipeline::{Images, Pipeline};
 use macula::diffusion::unet::{Conditioning, UnetOptions};
-use macula::discovery::{Batch, GradientOptions, KeyValueGradient, Subject};
+use macula::discovery::{Batch, Goal, GradientOptions, KeyValueGradient, Request, Subject};
 use macula::onnx::grad::Effort;
 use macula::progress::{CancelToken, Job};
 use macula::runtime::{Runtime, RuntimeOptions};
@@ -149,9 +149,11 @@ fn whole_search(peer: &mut Peer) -> Outcome {
             pictures.count += 1;
             pictures.rgb.extend(picture.rgb);
         }
-        let mut subject = Subject::new(&pictures, "<s1>", "animal");
-        (subject.batches, subject.class_label) = (BATCHES, 4);
-        subject.find(&mut pipeline, &mut Job::default())?;
+        let subject =
+            Subject { pictures: &pictures, prompts: Vec::new(), trigger: "<s1>".into(), class_noun: "animal".into() };
+        let mut request = Request::new(Goal::Implant(subject));
+        (request.batches, request.class_label) = (BATCHES, 4);
+        request.find(&mut pipeline, &mut Job::default())?;
         Ok(start.elapsed().as_secs_f64())
     };
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());

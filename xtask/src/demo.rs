@@ -21,8 +21,7 @@ const ERASED: (&str, &str) = ("tiger", "an animal");
 pub fn run() -> Result<()> {
     let runtime = python::onnxruntime()?;
     step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
-    let [discover, erase, compose, decomposed] =
-        ["discover", "erase", "compose", "decomposed"].map(compile_example);
+    let [discover, erase, compose, decomposed] = ["discover", "erase", "compose", "decomposed"].map(compile_example);
     let (discover, erase, compose, decomposed) = (discover?, erase?, compose?, decomposed?);
     let models = root().join("models");
     let model = models.join("emoji/onnx");

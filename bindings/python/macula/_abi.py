@@ -302,17 +302,54 @@ class macula_term(Struct):
     _defaults_ = {"strength": 1.0}
 
 
-class macula_progress(Struct):
+class macula_schedule_info(Struct):
     _fields_ = [
-        ("stage", c_char_p),
-        ("done", c_uint64),
-        ("total", c_uint64),
-        ("latent", POINTER(macula_tensor)),
-        ("preview", POINTER(macula_image)),
+        ("struct_size", c_size_t),
+        ("json", c_char_p),
+        ("stage_count", c_size_t),
+        ("train_timesteps", c_size_t),
+        ("attenuation_r", c_double),
+        ("attenuation_q", c_double),
     ]
 
 
-macula_progress_fn = CFUNCTYPE(c_int32, c_void_p, POINTER(macula_progress))
+class macula_stage_info(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("first_time", c_size_t),
+        ("last_time", c_size_t),
+        ("side", c_size_t),
+        ("lift_std", c_double),
+        ("class_label", c_int64),
+        ("has_class_label", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class macula_component_info(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("signal", c_double),
+        ("sigma", c_double),
+        ("kernel_scale", c_double),
+        ("kernel_variance", c_double),
+        ("drop_error", c_double),
+    ]
+
+
+class macula_choose_options(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("pictures", POINTER(macula_image)),
+        ("picture_count", c_size_t),
+        ("stage_costs", POINTER(c_double)),
+        ("plot", c_char_p),
+        ("turning_points", c_size_t),
+        ("drop_error", c_double),
+        ("attenuation_r", c_double),
+        ("attenuation_q", c_double),
+    ]
+    _defaults_ = {"turning_points": 2, "drop_error": 1e-3, "attenuation_r": 0.1, "attenuation_q": 2.0}
 
 
 class Sampler(IntEnum):
@@ -327,11 +364,62 @@ class Sampler(IntEnum):
     LCM = 6
 
 
+class macula_trajectory_options(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("eta", c_double),
+        ("batch", c_uint32),
+        ("channels", c_uint32),
+        ("height", c_uint32),
+        ("width", c_uint32),
+        ("steps", c_uint32),
+        ("start_step", c_uint32),
+        ("sampler", c_int32),
+        ("reserved", c_int32),
+    ]
+    _defaults_ = {"batch": 1, "channels": 3, "height": 64, "width": 64, "steps": 25}
+
+
+class macula_trajectory_info(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("timestep", c_double),
+        ("input_scale", c_double),
+        ("class_label", c_int64),
+        ("step", c_size_t),
+        ("step_count", c_size_t),
+        ("stage", c_size_t),
+        ("height", c_size_t),
+        ("width", c_size_t),
+        ("next_height", c_size_t),
+        ("next_width", c_size_t),
+        ("has_class_label", c_int32),
+        ("needs_noise", c_int32),
+        ("lifts", c_int32),
+        ("done", c_int32),
+    ]
+
+
+class macula_progress(Struct):
+    _fields_ = [
+        ("stage", c_char_p),
+        ("done", c_uint64),
+        ("total", c_uint64),
+        ("latent", POINTER(macula_tensor)),
+        ("preview", POINTER(macula_image)),
+        ("loss", c_double),
+    ]
+
+
+macula_progress_fn = CFUNCTYPE(c_int32, c_void_p, POINTER(macula_progress))
+
+
 class macula_draw_options(Struct):
     _fields_ = [
         ("struct_size", c_size_t),
         ("prompt", c_char_p),
         ("negative_prompt", c_char_p),
+        ("schedule", c_void_p),
         ("noise", POINTER(macula_tensor)),
         ("start_latent", POINTER(macula_tensor)),
         ("start_image", POINTER(macula_image)),
@@ -356,6 +444,14 @@ class macula_draw_options(Struct):
     _defaults_ = {"guidance": 7.5, "steps": 25, "batch": 1, "karras": -1}
 
 
+class Searched(IntEnum):
+    """`macula_searched`"""
+
+    KEYS_AND_VALUES = 0
+    KEYS = 1
+    VALUES = 2
+
+
 class Method(IntEnum):
     """`macula_method`"""
 
@@ -373,21 +469,31 @@ class macula_discover_options(Struct):
         ("trigger", c_char_p),
         ("class_noun", c_char_p),
         ("prompts", POINTER(c_char_p)),
+        ("anchors", POINTER(c_char_p)),
+        ("prompt_count", c_size_t),
+        ("preserve", POINTER(c_char_p)),
+        ("preserve_count", c_size_t),
+        ("checkpoint", c_char_p),
         ("cancel", c_void_p),
         ("progress", macula_progress_fn),
         ("progress_userdata", c_void_p),
         ("density", c_double),
+        ("preserve_weight", c_double),
         ("seed", c_uint64),
         ("batches", c_uint32),
         ("batch", c_uint32),
         ("lot", c_uint32),
-        ("prior_pictures", c_uint32),
+        ("drawn_pictures", c_uint32),
+        ("width", c_uint32),
+        ("height", c_uint32),
+        ("role", c_int32),
+        ("searched", c_int32),
         ("scope", c_int32),
         ("method", c_int32),
         ("save_memory", c_int32),
         ("class_label", c_int32),
     ]
-    _defaults_ = {"density": 0.01, "batches": 60, "batch": 8, "prior_pictures": 12}
+    _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "batches": 60, "batch": 8, "drawn_pictures": 12}
 
 
 class macula_embedding_info(Struct):
@@ -469,6 +575,19 @@ FUNCTIONS = {
     "macula_compose": (c_int32, [c_void_p, POINTER(macula_term), c_size_t]),
     "macula_ablate": (c_int32, [c_void_p, POINTER(macula_term), c_size_t]),
     "macula_composition_clear": (c_int32, [c_void_p]),
+    "macula_schedule_from_json": (c_int32, [c_char_p, POINTER(c_void_p)]),
+    "macula_pipeline_get_schedule": (c_int32, [c_void_p, POINTER(c_void_p)]),
+    "macula_schedule_free": (c_int32, [c_void_p]),
+    "macula_schedule_get_info": (c_int32, [c_void_p, POINTER(macula_schedule_info)]),
+    "macula_schedule_get_stage": (c_int32, [c_void_p, c_size_t, POINTER(macula_stage_info)]),
+    "macula_schedule_get_component": (c_int32, [c_void_p, c_size_t, c_size_t, POINTER(macula_component_info)]),
+    "macula_schedule_check": (c_int32, [c_void_p, c_void_p, c_uint32, c_uint32, c_void_p]),
+    "macula_schedule_choose": (c_int32, [c_void_p, POINTER(macula_choose_options), POINTER(c_double), POINTER(c_void_p)]),
+    "macula_schedule_begin": (c_int32, [c_void_p, POINTER(macula_trajectory_options), POINTER(c_void_p)]),
+    "macula_trajectory_free": (c_int32, [c_void_p]),
+    "macula_trajectory_get_info": (c_int32, [c_void_p, POINTER(macula_trajectory_info)]),
+    "macula_trajectory_start": (c_int32, [c_void_p, POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor)]),
+    "macula_trajectory_step": (c_int32, [c_void_p, POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor)]),
     "macula_pipeline_draw": (c_int32, [c_void_p, POINTER(macula_draw_options), POINTER(c_void_p)]),
     "macula_discover": (c_int32, [c_void_p, POINTER(macula_discover_options), POINTER(c_void_p)]),
     "macula_pipeline_encode_prompt": (c_int32, [c_void_p, c_char_p, c_void_p, POINTER(c_void_p)]),
