@@ -183,15 +183,18 @@ def render(scene, art, rng):
     return np.asarray(canvas)
 
 
-def sample_scene(rng, counts, patterned=0.3, tidy=0.0):
+def sample_scene(rng, counts, patterned=0.3, tidy=0.0, newest=0):
     """A random training scene without held-out combinations.
 
     `counts` weighs 1, 2, 3 and 4 objects, `tidy` is the share of tidy scenes: they teach the shapes sooner.
+    The last `newest` of `OBJECTS` come twice as often as the others.
     """
     count = rng.choices((1, 2, 3, 4), counts)[0]
+    known = list(words.OBJECTS)
+    known += known[len(known) - newest :]
     nouns = []
     while len(nouns) < count:
-        noun = rng.choice(list(words.OBJECTS))
+        noun = rng.choice(known)
         if noun not in nouns and not any(words.pair_is_held_out(noun, other) for other in nouns):
             nouns.append(noun)
     colours = [c for c in words.COLOURS if not any(words.colour_is_held_out(n, c) for n in nouns)]

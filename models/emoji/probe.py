@@ -194,7 +194,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=data.DEFAULT_WORK)
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=3000, help="batches of 64 for each judge")
+    parser.add_argument("--steps", type=int, default=4500, help="batches of 64 for each judge")
     options = parser.parse_args()
     art = data.Art(options.work)
     seen, unseen = foreign_keys(art)

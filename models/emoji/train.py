@@ -72,9 +72,9 @@ def learning_rate(peak, step, progress):
     return peak * min(1, (step + 1) / 200) * (0.03 + 0.97 * decay)
 
 
-def make_batch(size, batch, counts, tidy, art, tokenizer, rng, generator):
+def make_batch(size, batch, counts, tidy, newest, art, tokenizer, rng, generator):
     """One batch at one resolution: noisy states, timesteps, token ids, labels, targets and loss weights."""
-    scenes = [data.sample_scene(rng, counts, tidy=tidy) for _ in range(batch)]
+    scenes = [data.sample_scene(rng, counts, tidy=tidy, newest=newest) for _ in range(batch)]
     pictures = torch.from_numpy(np.stack([data.render(scene, art, rng) for scene in scenes]))
     ids = torch.tensor([e.ids for e in tokenizer.encode_batch([data.caption(s, rng) for s in scenes])])
     x0 = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -251,11 +251,12 @@ def work_on(rank, training, shared_barrier, state, options):
         # Seeded by the step, so a resumed run sees the batches that an unbroken one would have seen.
         rng = random.Random(options.seed * 1_000_003 + state["step"])
         sizes, counts, tidy = plan(progress)
+        newest = options.newest if progress < 0.9 else 0
         size = rng.choices((64, 32, 16), sizes)[0]
         rng.seed(f"{rng.random()} {rank}")
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
         batch = options.batch * 64 // size
-        tensors = make_batch(size, batch, counts, tidy, art, tokenizer, rng, generator)
+        tensors = make_batch(size, batch, counts, tidy, newest, art, tokenizer, rng, generator)
         x, timestep, ids, labels, target, weight = (t.to(device) for t in tensors)
         training.gradients[rank].zero_()
         with torch.autocast(device, torch.bfloat16):
@@ -299,6 +300,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, help="processes; by default one per core, or one on a GPU")
     parser.add_argument("--batch", type=int, default=16, help="pictures of 64 px per worker and step; 2 and 4 times as many of 32 and 16 px")
+    parser.add_argument("--newest", type=int, default=0, help="the last N objects come twice as often until 90 %% of the plan: for a run that goes on with new ones")
     parser.add_argument("--fresh", action="store_true", help="start from new weights")
     options = parser.parse_args()
     if options.workers is None:

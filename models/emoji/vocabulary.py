@@ -1,8 +1,8 @@
 """Words of the captions: objects, categories, colours, placeholders, and the tokenizer over them.
 
 The order of `WORDS` fixes the token ids. Append only: a trained text encoder stores one row per id.
-`OBJECTS` is what the model is trained on; `CANDIDATES` already have ids, so that later runs can move
-them into `OBJECTS` without a new tokenizer. `SUBJECTS` are never drawn in training.
+`OBJECTS` is what the model is trained on. `CANDIDATES` have ids, too, but untrained ones: a later run moves
+some to the end of `OBJECTS`, and no trained id changes. `SUBJECTS` are never drawn in training.
 """
 
 from itertools import combinations
@@ -30,41 +30,41 @@ OBJECTS = {
     "tree": ("evergreen_tree", "plant"),
     "house": ("house", "building"),
     "castle": ("european_castle", "building"),
-}
-
-CANDIDATES = {
     "penguin": ("penguin", "animal"),
     "pig": ("pig2", "animal"),
-    "cow": ("cow2", "animal"),
     "fox": ("fox_face", "animal"),
     "crab": ("crab", "animal"),
-    "snail": ("snail", "animal"),
     "parrot": ("parrot", "animal"),
     "watermelon": ("watermelon", "fruit"),
     "grapes": ("grapes", "fruit"),
     "lemon": ("lemon", "fruit"),
-    "peach": ("peach", "fruit"),
     "bus": ("bus", "vehicle"),
-    "car": ("car", "vehicle"),
-    "truck": ("articulated_lorry", "vehicle"),
     "fries": ("fries", "food"),
-    "cake": ("cake", "food"),
-    "hotdog": ("hotdog", "food"),
     "tulip": ("tulip", "plant"),
-    "rose": ("rose", "plant"),
     "guitar": ("guitar", "instrument"),
     "drum": ("drum_with_drumsticks", "instrument"),
-    "trumpet": ("trumpet", "instrument"),
-    "violin": ("violin", "instrument"),
-    "ball": ("soccer", "toy"),
-    "basketball": ("basketball", "toy"),
     "balloon": ("balloon", "toy"),
     "crown": ("crown", "clothing"),
-    "hat": ("tophat", "clothing"),
     "umbrella": ("umbrella", "tool"),
-    "key": ("key", "tool"),
-    "bell": ("bell", "tool"),
+    "ball": ("soccer", "toy"),
+    "basketball": ("basketball", "toy"),
     "snowman": ("snowman_without_snow", "toy"),
+    "bell": ("bell", "tool"),
+}
+
+CANDIDATES = {
+    "cow": ("cow2", "animal"),
+    "snail": ("snail", "animal"),
+    "peach": ("peach", "fruit"),
+    "car": ("car", "vehicle"),
+    "truck": ("articulated_lorry", "vehicle"),
+    "cake": ("cake", "food"),
+    "hotdog": ("hotdog", "food"),
+    "rose": ("rose", "plant"),
+    "trumpet": ("trumpet", "instrument"),
+    "violin": ("violin", "instrument"),
+    "hat": ("tophat", "clothing"),
+    "key": ("key", "tool"),
 }
 
 # name -> (art set, emoji short name, class noun known to the model)
