@@ -91,9 +91,13 @@ impl PromptTokenizer {
         self.inner.get_vocab_size(true)
     }
 
-    /// The number of a token, if the vocabulary has it.
-    pub fn token(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+    /// The number of the one token that a word becomes; `None` for a word of several tokens or one that is unknown.
+    pub fn token(&self, word: &str) -> Option<u32> {
+        let encoding = self.inner.encode(word, false).ok()?;
+        let ([id], [token]) = (encoding.get_ids(), encoding.get_tokens()) else { return None };
+        // Vocabularies mark where words begin or end, and may fold case; an unknown word's token has a text of its own.
+        let text = token.trim_start_matches(['\u{120}', '\u{2581}']).trim_end_matches("</w>");
+        (text.to_lowercase() == word.trim().to_lowercase()).then_some(*id)
     }
 
     /// Splits a prompt into chunks, each framed by the begin and end tokens and padded to [`PromptTokenizer::length`].
@@ -296,4 +300,26 @@ fn clip(folder: &Folder) -> Result<Tokenizer> {
 /// The folder of a tokenizer that lies somewhere by itself, e.g. beside a text encoder.
 pub fn open_tokenizer(folder: &Path, default_length: usize) -> Result<PromptTokenizer> {
     PromptTokenizer::open(&Folder::open(folder)?, default_length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_of_one_token_is_told_as_a_prompt_would_write_it() {
+        let json = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null,
+            "decoder": null, "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>",
+            "continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false,
+            "vocab": {"<unk>": 0, "f": 1, "o": 2, "x</w>": 3, "o</w>": 4, "fo": 5, "fox</w>": 6},
+            "merges": ["f o", "fo x</w>"]}}"#;
+        let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
+        let tokenizer = PromptTokenizer { inner, begin: Vec::new(), end: Vec::new(), pad: 0, length: 8 };
+        assert_eq!(tokenizer.token("fox"), Some(6));
+        assert_eq!(tokenizer.token("Fox"), Some(6));
+        for other in ["foo", "fox fox", "q", "", "fox</w>"] {
+            assert_eq!(tokenizer.token(other), None, "{other:?}");
+        }
+    }
 }
