@@ -103,7 +103,8 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
     let mut fused = edited.clone();
     let count = attention::fuse(&mut fused).unwrap_or_else(|error| panic!("{at}: {error}"));
     let left = fused.graph().node.iter().filter(|node| node.is("Softmax")).count();
-    println!("{at}: {count} attentions fused, {left} left");
+    println!("{at}: {count} attentions fused");
+    assert_eq!(left, 0, "{at}: attentions that are still written out");
     let reference = unets::tensors(&folder.join("reference.safetensors"));
     assert!(reference.contains_key("0.out_sample"), "{at}: there is nothing to compare with");
     for case in (0..).take_while(|case| reference.contains_key(&format!("{case}.out_sample"))) {
