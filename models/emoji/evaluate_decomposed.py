@@ -3,8 +3,8 @@
 Runs the exported ONNX folder on prompts with combinations that were not trained: the plain process, the decomposed one at
 as many steps, and the plain one at about as much time as the decomposed takes. Writes OUT/decomposed.json: seconds, the
 time ratio and the share of the predicted saving that it is; the kernel distance (KID, Binkowski et al. 2018, arXiv
-1801.01401, of the first judge's features to rendered scenes of the same prompts) with resampled intervals; and how often
-the second judge finds every object.
+1801.01401, of the first judge's features to rendered scenes of other prompts of the same kind) with resampled intervals;
+and how often the second judge finds every object.
 """
 
 import argparse
@@ -88,13 +88,18 @@ def main():
     options = parser.parse_args()
     model, tokenizer = sampling.OnnxModel(options.model), words.build_tokenizer()
     wanted = 5000 if options.full else options.pictures
-    scenes = evaluate.prompts(options.seed, -(-wanted // 500))
-    random.Random(options.seed).shuffle(scenes)
-    scenes = scenes[:wanted]
+
+    def some_scenes(seed):
+        scenes = evaluate.prompts(seed, -(-wanted // 500))
+        random.Random(seed).shuffle(scenes)
+        return scenes[:wanted]
+
+    # The two sides of a kernel distance must be independent: other prompts than those that are drawn.
+    scenes, others = some_scenes(options.seed), some_scenes(options.seed + 1)
     rng, art = random.Random(options.seed + 1), data.Art()
-    for scene in scenes:
+    for scene in others:
         scene.keys = [("google", words.OBJECTS[noun][0]) for noun in scene.nouns]
-    reference = features(np.stack([data.render(scene, art, rng) for scene in scenes]), options.judges)
+    reference = features(np.stack([data.render(scene, art, rng) for scene in others]), options.judges)
     for name in ("plain", "decomposed"):  # the first run at a size takes longer
         draw(name, model, tokenizer, scenes[:BATCH], 4, options.guidance, options.seed)
 
