@@ -6,7 +6,6 @@
 
 mod support;
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use macula::diffusion::pipeline::{Images, Pipeline};
@@ -16,39 +15,20 @@ use macula::onnx::grad::Effort;
 use macula::progress::{CancelToken, Job};
 use macula::runtime::{Runtime, RuntimeOptions};
 use rand_chacha::ChaCha8Rng;
-use rand_core::{RngCore, SeedableRng};
-use support::{Outcome, Peer, THREADS, figure, median};
-
-/// A model and the batch that it is measured with.
-struct Case {
-    model: PathBuf,
-    batch: usize,
-    channels: usize,
-    side: usize,
-    tokens: usize,
-    features: usize,
-    class_labels: bool,
-}
+use rand_core::SeedableRng;
+use support::{Case, Outcome, Peer, THREADS, figure, median, uniform};
 
 fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, role, effort] = arguments.as_slice()
         && role == "peak"
     {
-        let case = full_size()?;
+        let case = Case::full_size(1)?;
         let (gradient, batch, _) = open(&case, effort_of(effort))?;
         step(&gradient, &case, &batch)?;
         return support::print_peak();
     }
-    let small = Case {
-        model: support::root().join("models/emoji/onnx/unet/model.onnx"),
-        batch: 8,
-        channels: 3,
-        side: 64,
-        tokens: 24,
-        features: 1024,
-        class_labels: true,
-    };
+    let small = Case::small(8);
     let mut peer = peer("small", &small)?;
     for (effort, name) in [(Effort::Speed, "grad_time_ratio_small"), (Effort::Memory, "grad_time_ratio_small_memory")] {
         let bound = if effort == Effort::Speed { "<= 0.6" } else { "" };
@@ -60,12 +40,7 @@ fn main() -> Outcome {
     if support::small_only() {
         return Ok(());
     }
-    large(&full_size()?)
-}
-
-fn full_size() -> Outcome<Case> {
-    let model = support::full_size_model()?;
-    Ok(Case { model, batch: 1, channels: 4, side: 64, tokens: 77, features: 768, class_labels: false })
+    large(&Case::full_size(1)?)
 }
 
 fn effort_of(name: &str) -> Effort {
@@ -105,10 +80,6 @@ fn open(case: &Case, effort: Effort) -> Outcome<(KeyValueGradient, Batch, f64)> 
     let start = Instant::now();
     let gradient = KeyValueGradient::open(&runtime, &case.model, &batch, shape, &options, &CancelToken::new())?;
     Ok((gradient, batch, start.elapsed().as_secs_f64()))
-}
-
-fn uniform(random: &mut ChaCha8Rng) -> f32 {
-    random.next_u32() as f32 / 2f32.powi(31) - 1.0
 }
 
 fn step(gradient: &KeyValueGradient, case: &Case, batch: &Batch) -> Outcome<f64> {

@@ -14,7 +14,7 @@ use macula::concept::{
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use support::{Outcome, figure};
+use support::{Outcome, figure, uniform};
 
 const CONTEXT: usize = 768;
 const TOKENS: usize = 77;
@@ -36,10 +36,6 @@ fn fastest_ms(runs: usize, mut run: impl FnMut() -> Outcome) -> Outcome<f64> {
         fastest = fastest.min(start.elapsed().as_secs_f64() * 1e3);
     }
     Ok(fastest)
-}
-
-fn uniform(random: &mut ChaCha8Rng) -> f32 {
-    random.next_u32() as f32 / 2f32.powi(31) - 1.0
 }
 
 fn base() -> Outcome<Projections> {

@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use macula::concept::{Composition, GatheredConcept, Indices, Layer, NeuronSet, Projections, Rows};
@@ -15,50 +15,24 @@ use macula::progress::CancelToken;
 use macula::runtime::{Runtime, RuntimeOptions};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
-use support::{Outcome, Peer, THREADS, figure, median};
-
-/// A model and the inputs that it is measured with.
-struct Case {
-    model: PathBuf,
-    batch: usize,
-    channels: usize,
-    side: usize,
-    tokens: usize,
-    features: usize,
-    class_labels: bool,
-}
+use support::{Case, Outcome, Peer, THREADS, figure, median, uniform};
 
 fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, role, model] = arguments.as_slice()
-        && role == "peak"
-    {
-        return our_peak(Path::new(model));
+    if arguments.get(1).is_some_and(|role| role == "peak") {
+        return our_peak();
     }
-    let small = Case {
-        model: support::root().join("models/emoji/onnx/unet/model.onnx"),
-        batch: 2,
-        channels: 3,
-        side: 64,
-        tokens: 24,
-        features: 1024,
-        class_labels: true,
-    };
+    let small = Case::small(2);
     let steps = step_ratio(&small, 40)?;
     figure("unet_step_ratio_small", steps, "<= 1.02", "the shipped UNet, batch 2, 64 x 64, median of 40 steps each");
     if support::small_only() {
         return Ok(());
     }
-    let large = full_size(&support::full_size_model()?);
+    let large = Case::full_size(2)?;
     let steps = step_ratio(&large, 5)?;
     figure("unet_step_ratio_sd15", steps, "<= 1.02", "batch 2, 64 x 64, 77 tokens, median of 5 steps each");
     opening(&large)?;
     memory(&large)
-}
-
-fn full_size(model: &Path) -> Case {
-    let model = model.to_owned();
-    Case { model, batch: 2, channels: 4, side: 64, tokens: 77, features: 768, class_labels: false }
 }
 
 /// The untouched model in Python's onnxruntime.
@@ -104,10 +78,6 @@ impl Ours {
         self.timestep -= 1.0;
         Ok(start.elapsed().as_secs_f64())
     }
-}
-
-fn uniform(random: &mut ChaCha8Rng) -> f32 {
-    random.next_u32() as f32 / 2f32.powi(31) - 1.0
 }
 
 /// Our time of a step over the peer's.
@@ -201,14 +171,14 @@ fn memory(case: &Case) -> Outcome {
     }
     let theirs = peer.peak()?;
     drop(peer);
-    let mine = support::fresh_process(&["peak", &case.model.to_string_lossy()])?;
+    let mine = support::fresh_process(&["peak"])?;
     eprintln!("peak memory {:.2} GB, the peer's {:.2} GB", mine / 1e9, theirs / 1e9);
     figure("rss_ratio_sd15", mine / theirs, "<= 1.1", "peak resident memory of opening and three steps");
     Ok(())
 }
 
-fn our_peak(model: &Path) -> Outcome {
-    let mut ours = Ours::open(&full_size(model), None)?;
+fn our_peak() -> Outcome {
+    let mut ours = Ours::open(&Case::full_size(2)?, None)?;
     for _ in 0..3 {
         ours.step()?;
     }

@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use rand_core::RngCore;
 use serde_json::Value;
 
 pub type Outcome<T = ()> = Result<T, Box<dyn std::error::Error>>;
@@ -96,8 +97,38 @@ pub fn print_peak() -> Outcome {
     Ok(())
 }
 
+/// A UNet and the batch that it is measured with.
+pub struct Case {
+    pub model: PathBuf,
+    pub batch: usize,
+    pub channels: usize,
+    pub side: usize,
+    pub tokens: usize,
+    pub features: usize,
+    pub class_labels: bool,
+}
+
+impl Case {
+    /// The shipped UNet.
+    pub fn small(batch: usize) -> Self {
+        let model = root().join("models/emoji/onnx/unet/model.onnx");
+        Self { model, batch, channels: 3, side: 64, tokens: 24, features: 1024, class_labels: true }
+    }
+
+    /// One of Stable Diffusion 1.5's size.
+    pub fn full_size(batch: usize) -> Outcome<Self> {
+        let model = full_size_model()?;
+        Ok(Self { model, batch, channels: 4, side: 64, tokens: 77, features: 768, class_labels: false })
+    }
+}
+
+/// In [-1, 1).
+pub fn uniform(random: &mut impl RngCore) -> f32 {
+    random.next_u32() as f32 / 2f32.powi(31) - 1.0
+}
+
 /// Stable Diffusion 1.5's UNet with random weights, exported once.
-pub fn full_size_model() -> Outcome<PathBuf> {
+fn full_size_model() -> Outcome<PathBuf> {
     let folder = root().join("target/fixtures/sd15-full-size");
     if !folder.exists() {
         eprintln!("exporting a UNet of Stable Diffusion 1.5's size (3.4 GB, some minutes)");

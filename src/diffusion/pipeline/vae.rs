@@ -1,6 +1,5 @@
 //! The variational autoencoder between latents and images, and images as 8-bit RGB.
 
-use std::fs;
 use std::path::Path;
 
 use image::codecs::png::PngEncoder;
@@ -11,6 +10,7 @@ use crate::diffusion::folder::Folder;
 use crate::diffusion::precision;
 use crate::error::{Error, Result, Status};
 use crate::onnx::{Limits, Model};
+use crate::os;
 use crate::progress::CancelToken;
 use crate::runtime::{Runtime, Session, SessionOptions};
 
@@ -134,16 +134,10 @@ impl Images {
         PngEncoder::new(&mut encoded)
             .write_image(picture, width, height, ExtendedColorType::Rgb8)
             .map_err(|error| Error::new(Status::Io, format!("{}: encoding", path.display())).caused_by(error))?;
-        let io = |error| Error::io(path.display(), error);
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let name = path.file_name().ok_or_else(|| Error::invalid_argument(format!("{path:?} names no file")))?;
-        let temporary = folder.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
-        let written = fs::write(&temporary, &encoded).and_then(|()| fs::rename(&temporary, path));
-        written.map_err(|error| {
-            // The first error is what matters.
-            let _ = fs::remove_file(&temporary);
-            io(error)
-        })
+        if path.file_name().is_none() {
+            return Err(Error::invalid_argument(format!("{path:?} names no file")));
+        }
+        os::replace_file(path, &encoded).map_err(|error| Error::io(path.display(), error))
     }
 
     /// Planes `[count, 3, height, width]` with values in `[-1, 1]`.
