@@ -5,6 +5,7 @@
 //! in [`crate::concept`].
 
 pub mod decomposed;
+mod fields;
 mod folder;
 pub mod guidance;
 pub mod noise;

@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::super::schedule::fields::Fields;
+use super::super::fields::Fields;
 use super::super::schedule::{Kernel, Level, Posterior, Sampler, SchedulerConfig, check_fading};
 use crate::error::{Error, Result, Status};
 

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use image::codecs::png::PngEncoder;
 use image::{ExtendedColorType, ImageDecoder, ImageEncoder};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use crate::diffusion::fields::Fields;
 use crate::diffusion::folder::Folder;
 use crate::diffusion::precision;
 use crate::error::{Error, Result, Status};
@@ -14,8 +15,9 @@ use crate::os;
 use crate::progress::CancelToken;
 use crate::runtime::{Runtime, Session, SessionOptions};
 
-/// Channels of a latent; real ones have 3 to 128.
-const MAX_CHANNELS: usize = 1024;
+/// The range of the numbers that latents are scaled by.
+const SMALLEST: f64 = 1e-6;
+const LARGEST: f64 = 1e6;
 
 /// Pictures of one size, 8-bit RGB, row by row from the top: `[count, height, width, 3]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,38 +188,24 @@ impl Normalization {
     /// From `scaling_factor` and either `shift_factor` or, by channel, `latents_mean` and `latents_std`, as diffusers'
     /// pipelines use them.
     fn from_config(config: &Value) -> Result<Vec<Self>> {
-        let number = |name: &str, value: &Value| {
-            let number = value.as_f64().filter(|number| number.is_finite());
-            number.ok_or_else(|| Error::invalid_file(format!("{name} is {value}, must be a number")))
-        };
-        let given = |name: &str| config.get(name).filter(|value| !value.is_null());
-        let one = |name: &str, default| given(name).map_or(Ok(default), |value| number(name, value));
-        let list = |name: &str| {
-            let Some(value) = given(name) else { return Ok(None) };
-            let entries = value.as_array().filter(|entries| (1..=MAX_CHANNELS).contains(&entries.len()));
-            let entries = entries.ok_or_else(|| {
-                Error::invalid_file(format!("{name} is {value}, must be a list of 1..={MAX_CHANNELS} numbers"))
-            })?;
-            entries.iter().map(|entry| number(name, entry)).collect::<Result<Vec<f64>>>().map(Some)
-        };
-        let scaling = one("scaling_factor", 0.18215)?;
-        if !(1e-6..=1e6).contains(&scaling) {
-            return Err(Error::invalid_file(format!("scaling_factor is {scaling}, must be in 1e-6..=1e6")));
-        }
-        match (list("latents_mean")?, list("latents_std")?) {
-            (Some(means), Some(deviations)) if means.len() == deviations.len() => {
-                if let Some(deviation) = deviations.iter().find(|deviation| !(1e-6..=1e6).contains(*deviation)) {
-                    return Err(Error::invalid_file(format!("latents_std holds {deviation}, must be in 1e-6..=1e6")));
+        let empty = Map::new();
+        let fields = Fields(config.as_object().unwrap_or(&empty));
+        let scaling = fields.number("scaling_factor", 0.18215, SMALLEST, LARGEST)?;
+        match (fields.numbers("latents_mean")?, fields.numbers("latents_std")?) {
+            (Some(means), Some(deviations)) if means.len() == deviations.len() && !means.is_empty() => {
+                if let Some(wrong) = deviations.iter().find(|deviation| !(SMALLEST..=LARGEST).contains(*deviation)) {
+                    let range = format!("[{SMALLEST}, {LARGEST}]");
+                    return Err(Error::invalid_file(format!("latents_std holds {wrong}, must be numbers in {range}")));
                 }
                 let channels = means.into_iter().zip(deviations);
                 Ok(channels.map(|(offset, deviation)| Self { offset, factor: scaling / deviation }).collect())
             }
             (Some(means), Some(deviations)) => Err(Error::invalid_file(format!(
-                "latents_mean has {} entries, latents_std {}",
+                "latents_mean has {} entries, latents_std {}; both must have one a channel",
                 means.len(),
                 deviations.len()
             ))),
-            _ => Ok(vec![Self { offset: one("shift_factor", 0.0)?, factor: scaling }]),
+            _ => Ok(vec![Self { offset: fields.number("shift_factor", 0.0, -LARGEST, LARGEST)?, factor: scaling }]),
         }
     }
 }

@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use super::fields::{Fields, unhandled};
 use super::level::Level;
 use super::training::TrainingSchedule;
 use super::{MAX_STEPS, Step};
+use crate::diffusion::fields::{Fields, unhandled};
 use crate::error::{Error, Result};
 
 /// The longest training schedule that is read.

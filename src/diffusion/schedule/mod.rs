@@ -25,7 +25,6 @@ mod ddpm;
 mod dpm_multistep;
 mod euler;
 mod euler_ancestral;
-pub(in crate::diffusion) mod fields;
 mod lcm;
 mod level;
 mod spacing;

@@ -5,19 +5,19 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 /// The error for a value that is well-formed and not handled.
-pub(in crate::diffusion) fn unhandled(field: &str, value: &str, handled: &str) -> Error {
+pub(super) fn unhandled(field: &str, value: &str, handled: &str) -> Error {
     Error::unsupported(format!("{field} {value:?} is not handled; handled: {handled}"))
 }
 
 /// The file's fields; `null` counts as absent.
-pub(in crate::diffusion) struct Fields<'a>(pub(in crate::diffusion) &'a Map<String, Value>);
+pub(super) struct Fields<'a>(pub(super) &'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
-    pub(in crate::diffusion) fn get(&self, name: &str) -> Option<&'a Value> {
+    pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
 
-    pub(in crate::diffusion) fn text(&self, name: &str, default: &'static str) -> Result<&'a str> {
+    pub(super) fn text(&self, name: &str, default: &'static str) -> Result<&'a str> {
         match self.get(name) {
             None => Ok(default),
             Some(Value::String(text)) => Ok(text),
@@ -25,7 +25,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(in crate::diffusion) fn flag(&self, name: &str, default: bool) -> Result<bool> {
+    pub(super) fn flag(&self, name: &str, default: bool) -> Result<bool> {
         match self.get(name) {
             None => Ok(default),
             Some(Value::Bool(flag)) => Ok(*flag),
@@ -33,7 +33,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(in crate::diffusion) fn number(&self, name: &str, default: f64, least: f64, most: f64) -> Result<f64> {
+    pub(super) fn number(&self, name: &str, default: f64, least: f64, most: f64) -> Result<f64> {
         match self.get(name) {
             None => Ok(default),
             Some(value) => match value.as_f64() {
@@ -43,7 +43,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(in crate::diffusion) fn whole(&self, name: &str, default: u64, least: u64, most: u64) -> Result<u64> {
+    pub(super) fn whole(&self, name: &str, default: u64, least: u64, most: u64) -> Result<u64> {
         match self.get(name) {
             None => Ok(default),
             Some(value) => match value.as_u64() {
@@ -54,12 +54,12 @@ impl<'a> Fields<'a> {
     }
 
     /// A list of numbers.
-    pub(in crate::diffusion) fn numbers(&self, name: &str) -> Result<Option<Vec<f64>>> {
+    pub(super) fn numbers(&self, name: &str) -> Result<Option<Vec<f64>>> {
         self.list(name, "numbers", Value::as_f64)
     }
 
     /// A list of whole numbers.
-    pub(in crate::diffusion) fn wholes(&self, name: &str) -> Result<Option<Vec<i64>>> {
+    pub(super) fn wholes(&self, name: &str) -> Result<Option<Vec<i64>>> {
         self.list(name, "whole numbers", Value::as_i64)
     }
 
