@@ -102,7 +102,11 @@ fn concept(base: Fingerprint, stride: usize) -> Concept {
         let indices = Indices::from_sorted(weights, (0..weights).step_by(stride).collect()).unwrap();
         Layer::new(path, FEATURES, FEATURES, indices).unwrap()
     });
-    Concept { metadata: Metadata::new(base, "a test", "test"), neurons: NeuronSet::new(layers.into()).unwrap() }
+    Concept {
+        metadata: Metadata::new(base, "a test", "test"),
+        neurons: NeuronSet::new(layers.into()).unwrap(),
+        values: None,
+    }
 }
 
 fn files() -> usize {

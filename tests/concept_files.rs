@@ -6,7 +6,8 @@ use std::process::Command;
 
 use macula::Status;
 use macula::concept::{
-    Concept, Fingerprint, Indices, Layer, MAX_FILE_BYTES, MAX_HEADER_BYTES, Metadata, NeuronSet, Role, Scope, Selection,
+    Concept, Fingerprint, Indices, Layer, MAX_FILE_BYTES, MAX_HEADER_BYTES, Metadata, NeuronSet, Precision, Role,
+    Scope, Selection, Values,
 };
 use sha2::{Digest, Sha256};
 
@@ -31,7 +32,16 @@ fn concept() -> Concept {
     metadata.seed = Some(u64::MAX);
     metadata.date = "2026-01-02".into();
     metadata.other.insert("modelspec.author".into(), "somebody".into());
-    Concept { metadata, neurons: NeuronSet::new(layers.collect()).unwrap() }
+    Concept { metadata, neurons: NeuronSet::new(layers.collect()).unwrap(), values: None }
+}
+
+/// The concept with a value for each neuron.
+fn tuned(precision: Precision) -> Concept {
+    let mut concept = concept();
+    let layers = concept.neurons.layers().iter();
+    let values = layers.map(|layer| layer.indices().iter().map(|index| (index as f32).sin() / 7.0).collect()).collect();
+    concept.values = Some(Values::new(precision, &concept.neurons, values).unwrap());
+    concept
 }
 
 fn python(arguments: &[&std::ffi::OsStr]) -> String {
@@ -71,11 +81,14 @@ fn python_reads_our_files_and_writes_the_same_bytes() {
         Layer::new("empty", 6, 8, Indices::empty(48)).unwrap(),
     ])
     .unwrap();
-    for (name, concept) in [("a", concept()), ("b", plain)] {
+    let mut written = vec![("a", concept()), ("b", plain)];
+    written.extend(Precision::ALL.map(|precision| (precision.name(), tuned(precision))));
+    for (name, concept) in &written {
         concept.save(folder.path().join(name).with_extension("safetensors")).unwrap();
     }
     python(&["rewrite".as_ref(), folder.path().as_ref()]);
-    for name in ["a", "b"] {
+    for (name, concept) in &written {
+        assert_eq!(Concept::load(folder.path().join(name).with_extension("safetensors")).unwrap(), *concept);
         let read = |extension| std::fs::read(folder.path().join(name).with_extension(extension)).unwrap();
         assert_eq!(read("safetensors"), read("again"), "{name}");
     }
@@ -153,6 +166,27 @@ impl Parts {
     fn named(mut self, number: usize, name: &str) -> Self {
         self.tensors[number].0 = name.into();
         self
+    }
+
+    /// Tensors of values before the others: of so many elements, each of so many bytes, all of which are `byte`.
+    fn values(mut self, kind: &str, dtype: &str, counts: [usize; 2], bytes: usize, byte: u8) -> Self {
+        let moved = bytes * (counts[0] + counts[1]);
+        for (_, description) in &mut self.tensors {
+            let mut described: serde_json::Value = serde_json::from_str(description).unwrap();
+            for offset in described["data_offsets"].as_array_mut().unwrap() {
+                *offset = (offset.as_u64().unwrap() + moved as u64).into();
+            }
+            *description = described.to_string();
+        }
+        let mut begin = 0;
+        for (at, (path, count)) in PATHS.iter().zip(counts).enumerate() {
+            let end = begin + count * bytes;
+            let described = format!(r#"{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[{begin},{end}]}}"#);
+            self.tensors.insert(at, (format!("{path}.values"), described));
+            begin = end;
+        }
+        self.data.splice(0..0, vec![byte; moved]);
+        self.set("macula.values", kind)
     }
 
     /// One tensor with this payload, under a right description and hash.
@@ -326,7 +360,19 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, Status)> {
             InvalidFile,
         ),
         ("a newer format", good().set("macula.format", "2").bytes(), Unsupported),
-        ("tuned values", good().set("macula.values", "float16").bytes(), Unsupported),
+        ("values of another kind", good().set("macula.values", "ternary").bytes(), Unsupported),
+        ("values that are not there", good().set("macula.values", "float16").bytes(), InvalidFile),
+        ("values that are not said", good().values("none", "F16", [5, 40], 2, 0).bytes(), InvalidFile),
+        ("values of another type", good().values("float16", "F32", [5, 40], 4, 0).bytes(), InvalidFile),
+        ("too few values", good().values("float16", "F16", [5, 39], 2, 0).bytes(), InvalidFile),
+        ("values that are not numbers", good().values("float32", "F32", [5, 40], 4, 0xff).bytes(), InvalidFile),
+        ("codes without levels", good().values("quaternary", "U8", [2, 10], 1, 0).bytes(), InvalidFile),
+        ("codes of levels that are no numbers", good().values("binary", "U8", [9, 13], 1, 0xff).bytes(), InvalidFile),
+        (
+            "values of no neurons",
+            good().values("float16", "F16", [5, 40], 2, 0).named(0, "up.9.attn2.to_k.values").bytes(),
+            InvalidFile,
+        ),
         ("a short fingerprint", good().set("macula.base", "00ff").bytes(), InvalidFile),
         ("a fingerprint of other characters", good().set("macula.base", &"z".repeat(64)).bytes(), InvalidFile),
         ("an unknown role", good().set("macula.role", "enhance").bytes(), InvalidFile),
@@ -385,6 +431,8 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, Status)> {
 #[test]
 fn no_attack_file_is_taken() {
     assert_eq!(Concept::from_bytes(&Parts::good().bytes()).unwrap(), concept(), "the parts make a good file");
+    let with_values = Parts::good().values("float16", "F16", [5, 40], 2, 0).bytes();
+    assert_eq!(Concept::from_bytes(&with_values).unwrap().values.unwrap().layer(1), [0.0; 40], "these too");
     assert!(Concept::from_bytes(&Parts::payload(&[&payload(8, 6, 1, 0, &[1])]).bytes()).is_ok());
     let attacks = attacks();
     assert!(attacks.len() >= 40);

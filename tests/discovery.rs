@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use macula::Status;
-use macula::concept::{Concept, Role, Scope};
+use macula::concept::{Concept, Precision, Role, Scope};
 use macula::diffusion::pipeline::{Images, Pipeline};
 use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::search::{Bound, Found, Method, search};
 use macula::discovery::{
     Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient, Objective, Report,
-    Request, Searched, Subject, Term,
+    Request, Searched, Subject, Term, TuneOptions, Tuning,
 };
 use macula::progress::{CancelToken, Job, Progress};
 use macula::runtime::{Runtime, RuntimeOptions};
@@ -125,6 +125,33 @@ fn agrees_with_the_reference(scope: &str) {
     let same = jaccard(&found, &reference.set("learnt"));
     println!("{scope} learnt mask: Jaccard {same:.4}");
     assert!(same >= 0.98, "{scope} learnt mask: Jaccard {same}");
+    tuning_agrees_with_the_reference(scope, &reference, count, &mut loss);
+}
+
+/// Gives the reference's set values in as many steps, over the same batches.
+fn tuning_agrees_with_the_reference(
+    scope: &str,
+    reference: &Reference,
+    count: usize,
+    loss: macula::discovery::search::Loss<'_>,
+) {
+    let members: Vec<usize> = reference.set("learnt").into_iter().collect();
+    let losses = reference.f32s("tuned_losses");
+    let options = TuneOptions { steps: losses.len(), ..TuneOptions::default() };
+    let (weights, units) = (reference.f32s("untouched"), reference.f32s("units"));
+    let mut tuning = Tuning::new(count, members, weights, units, options).unwrap();
+    while !tuning.is_done() {
+        tuning.step(loss).unwrap();
+    }
+    for (step, (ours, theirs)) in tuning.losses().iter().zip(&losses).enumerate() {
+        assert!((ours - f64::from(*theirs)).abs() <= 1e-3 * ours, "{scope}, step {step}: {ours} for {theirs}");
+    }
+    let theirs = reference.f32s("values");
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
+    let apart = square(&mut tuning.values().iter().zip(&theirs).map(|(a, b)| a - b));
+    let share = apart / square(&mut theirs.iter().copied());
+    println!("{scope} tuning: values within {share:.1e}");
+    assert!(share <= 1e-2, "{scope} tuning: values within {share:.1e} of the reference's");
 }
 
 #[test]
@@ -228,10 +255,43 @@ fn a_search_that_was_broken_off_finds_what_it_would_have_found_on_any_number_of_
     assert_eq!(of_resumed.losses[..12], of_whole.losses[..12]);
     // What has ended is found again without a batch.
     assert_eq!(find(&request, &mut two).0.neurons, whole.neurons);
+    std::fs::remove_file(&kept).unwrap();
+    tuning_goes_on(&mut request, &mut two);
     request.seed = 1;
     let error = request.find(&mut two, &mut Job::default()).unwrap_err();
     assert_eq!(error.status(), Status::InvalidArgument);
     assert!(error.message().contains("another search"), "{error}");
+}
+
+/// As above, in the tuning behind the search.
+fn tuning_goes_on(request: &mut Request<'_>, pipeline: &mut Pipeline) {
+    let kept = request.checkpoint.take();
+    let precision = Precision::Quaternary;
+    request.tune = Some(TuneOptions { steps: 13, precision, ..TuneOptions::default() });
+    let (whole, of_whole) = find(request, pipeline);
+    let values = whole.values.as_ref().unwrap();
+    assert_eq!((values.precision(), of_whole.losses.len()), (precision, 14 + 13));
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    assert!(mean(&of_whole.losses[22..]) < mean(&of_whole.losses[..5]), "{:?}", of_whole.losses);
+    request.checkpoint = kept;
+    let mut stop = |progress: Progress<'_>| match (progress.stage, progress.done) {
+        ("tune", 11) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let mut job = Job { cancel: CancelToken::new(), report: Some(&mut stop) };
+    let error = request.find(pipeline, &mut job).unwrap_err();
+    assert_eq!(error.status(), Status::Cancelled);
+    let mut told = Vec::new();
+    let mut watch = |progress: Progress<'_>| {
+        told.extend((progress.stage == "tune").then_some(progress.done));
+        ControlFlow::Continue(())
+    };
+    let mut job = Job { cancel: CancelToken::new(), report: Some(&mut watch) };
+    let (resumed, of_resumed) = request.find(pipeline, &mut job).unwrap();
+    assert_eq!(told, [11, 12, 13]);
+    assert_eq!((&resumed.neurons, &resumed.values), (&whole.neurons, &whole.values));
+    assert_eq!(of_resumed.losses, of_whole.losses);
+    assert_eq!(find(request, pipeline).0.values, whole.values);
 }
 
 #[test]
@@ -320,6 +380,7 @@ fn a_search_is_cancelled_at_a_hundred_moments() {
         batches: 2,
         batch: 1,
         seed: 3,
+        tune: None,
         checkpoint: None,
     };
     let gradient = open(&discovery.example(&options), 0);

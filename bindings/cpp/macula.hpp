@@ -479,6 +479,16 @@ class Concept : public detail::Owner<macula_concept, macula_concept_free> {
     return detail::outcome(status, std::move(indices));
   }
 
+  /** What one projection's neurons become: their tuned values, or zeros. */
+  Result<std::vector<float>> values(std::size_t at) const {
+    Result<macula_layer_info> info = layer(at);
+    if (!info) return info.error();
+    std::vector<float> values(info->neurons + 1);  // as for `indices`
+    macula_status status = macula_concept_get_values(get(), at, values.data(), info->neurons);
+    values.pop_back();
+    return detail::outcome(status, std::move(values));
+  }
+
   /** One entry of the metadata, in the order of the keys' bytes. */
   Result<std::pair<std::string, std::string>> entry(std::size_t at) const {
     const char *key = "";

@@ -6,6 +6,8 @@ the Rust implementation byte for byte. It knows nothing of PyTorch: weights come
     fingerprint({"down_blocks.0...attn2.to_k": array [out, in], ...}) -> 64 hexadecimal digits
     write(path, {"down_blocks.0...attn2.to_k": (out, in, sorted indices)}, metadata)
     read(path) -> ({path: (out, in, indices)}, metadata)
+
+Where the metadata's `macula.values` is not "none", each layer has a fourth part, the tuned values as float32.
 """
 
 import hashlib
@@ -17,6 +19,9 @@ import numpy as np
 
 FORMAT_VERSION = "1"
 SUFFIX = ".neurons"
+VALUES_SUFFIX = ".values"
+FLOATS = {"float16": ("F16", "<f2"), "float32": ("F32", "<f4")}
+CODE_BITS = {"binary": 1, "quaternary": 2}
 COMPLEMENT = 0x80
 HEADER = struct.Struct("<IIIB")
 HEADER_LIMIT = 8 << 20
@@ -89,6 +94,59 @@ def decode(payload):
     return out_features, in_features, indices
 
 
+def levels(values, count):
+    """The `count` levels of least squared error, ascending float32: Lloyd's iteration from the values' quantiles."""
+    ordered = np.sort(np.asarray(values, np.float32))
+    distinct = np.unique(ordered)
+    if len(distinct) <= count:
+        last = distinct[-1] if len(distinct) else np.float32(0)
+        return np.concatenate([distinct, np.full(count - len(distinct), last, np.float32)])
+    found = ordered[(2 * np.arange(count) + 1) * len(ordered) // (2 * count)]
+    for _ in range(100):
+        wide = found.astype(np.float64)
+        ends = np.searchsorted(ordered.astype(np.float64), (wide[:-1] + wide[1:]) / 2, side="right")
+        parts = np.split(ordered.astype(np.float64), ends)
+        moved = np.array([part.mean() if len(part) else old for part, old in zip(parts, found)], np.float32)
+        if np.array_equal(moved, found):
+            break
+        found = moved
+    return found
+
+
+def _codes(values, among):
+    return np.abs(np.asarray(values, np.float64)[:, None] - among.astype(np.float64)).argmin(1)
+
+
+def rounded(values, precision):
+    """Values float32 as a precision holds them: "binary", "quaternary", "float16" or "float32"."""
+    values = np.asarray(values, np.float32)
+    if precision in CODE_BITS:
+        among = levels(values, 1 << CODE_BITS[precision])
+        return among[_codes(values, among)]
+    return values.astype(FLOATS[precision][1]).astype(np.float32)
+
+
+def encode_values(values, precision):
+    """Dtype, shape and bytes of one projection's values, which must be rounded to the precision."""
+    if precision in FLOATS:
+        dtype, numpy = FLOATS[precision]
+        return dtype, [len(values)], np.asarray(values).astype(numpy).tobytes()
+    bits = CODE_BITS[precision]
+    among = levels(values, 1 << bits)
+    content = among.astype("<f4").tobytes() + _pack((_codes(values, among)[:, None] >> np.arange(bits) & 1).reshape(-1))
+    return "U8", [len(content)], content
+
+
+def decode_values(content, count, precision):
+    """The values float32 [count] of `encode_values`."""
+    if precision in FLOATS:
+        return np.frombuffer(content, FLOATS[precision][1]).astype(np.float32)
+    bits = CODE_BITS[precision]
+    among, codes = np.frombuffer(content[: 4 << bits], "<f4"), np.frombuffer(content[4 << bits :], np.uint8)
+    codes = np.unpackbits(codes, bitorder="little")[: count * bits].reshape(count, bits)
+    return among[(codes << np.arange(bits)).sum(axis=1)].astype(np.float32)
+
+
 def write(path, layers, metadata):
     """Writes a concept file, by a temporary file and a rename. `metadata` values are strings; see `file.rs`."""
     metadata = dict(metadata)
@@ -102,11 +160,20 @@ def write(path, layers, metadata):
     if missing:
         raise ValueError(f"metadata lacks {missing}")
     tensors, data = {}, b""
-    for name in sorted(layers, key=lambda name: name.encode()):
-        payload = encode(*layers[name])
-        offsets = [len(data), len(data) + len(payload)]
-        tensors[name + SUFFIX] = {"dtype": "U8", "shape": [len(payload)], "data_offsets": offsets}
+    ordered = sorted(layers, key=lambda name: name.encode())
+    precision = metadata["macula.values"]
+
+    def add(name, dtype, shape, payload):
+        nonlocal data
+        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(payload)]}
         data += payload
+
+    if precision != "none":
+        for name in ordered:
+            add(name + VALUES_SUFFIX, *encode_values(layers[name][3], precision))
+    for name in ordered:
+        payload = encode(*layers[name][:3])
+        add(name + SUFFIX, "U8", [len(payload)], payload)
     metadata["modelspec.hash_sha256"] = "0x" + hashlib.sha256(data).hexdigest()
     content = {"__metadata__": dict(sorted(metadata.items())), **tensors}
     header = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
@@ -130,13 +197,16 @@ def read(path):
     metadata = header.pop("__metadata__", {})
     if metadata.get("macula.format") != FORMAT_VERSION:
         raise ValueError(f"not a concept file of format {FORMAT_VERSION}")
-    if metadata.get("macula.values") != "none":
-        raise ValueError(f"values {metadata.get('macula.values')!r} are not supported")
+    precision = metadata.get("macula.values")
+    if precision not in ("none", *FLOATS, *CODE_BITS):
+        raise ValueError(f"values {precision!r} are not known")
     data = content[8 + length :]
     if metadata.get("modelspec.hash_sha256") != "0x" + hashlib.sha256(data).hexdigest():
         raise ValueError("the data does not have the hash that the header says")
-    layers = {}
-    for name, tensor in header.items():
-        begin, end = tensor["data_offsets"]
-        layers[name.removesuffix(SUFFIX)] = decode(data[begin:end])
+    parts = {name: data[slice(*tensor["data_offsets"])] for name, tensor in header.items()}
+    layers = {name.removesuffix(SUFFIX): decode(part) for name, part in parts.items() if name.endswith(SUFFIX)}
+    if precision != "none":
+        for name, (out_features, in_features, indices) in layers.items():
+            values = decode_values(parts[name + VALUES_SUFFIX], len(indices), precision)
+            layers[name] = out_features, in_features, indices, values
     return layers, metadata

@@ -1,6 +1,6 @@
 """The cross-attention K and V weights of a UNet as one vector of scalars, and sets of them shut.
 
-A *scale* vector s in [0, 1]^N multiplies the weights, s_i = 0 shuts weight i (a concept neuron). The N
+A *scale* vector s [N] multiplies the weights, s_i = 0 shuts weight i (a concept neuron). The N
 weights are counted over the projections in the order of their module paths, inside each in [out, in]
 layout. Global scope (the Cones paper) shuts a weight for every token; token scope (ours) only for the
 tokens of a phrase such as "<s1> animal". As K and V are linear per token,
@@ -33,6 +33,16 @@ class KeyValueWeights:
     def vector(self):
         """All weights as one vector [N]."""
         return torch.cat([layer.weight.detach().reshape(-1) for layer in self.layers.values()])
+
+    def units(self):
+        """The standard deviation of the projection of each weight [N]: what its values are counted in."""
+        layers = self.layers.values()
+        return torch.cat([w.std(correction=0).expand(w.numel()) for w in (layer.weight.detach() for layer in layers)])
+
+    def scales(self, shut, values):
+        """Scales [N] under which the weights in `shut` have `values` [members] and the others their own."""
+        members = shut.nonzero()[:, 0]
+        return torch.ones(self.count).index_put((members,), values / self.vector()[members])
 
     def split(self, vector):
         """A vector [N] as a dict from path to [out, in] views."""

@@ -3,9 +3,11 @@
 A loss is any function of scales s [N] and a generator; s = 1 is the untouched network. The derivative
 dL/ds_i at s = 1 equals theta_i dL/dtheta_i, the first-order saliency: where it is positive, shrinking
 weight i lowers the loss. From Cones: `algorithm_1` with threshold. With rho = 0 it is `saliency`, the mean
-one-shot score. Ours: the budget, `gradual` and `learnt_mask`. This file knows no network.
+one-shot score. Ours: the budget, `gradual` and `learnt_mask`. `tune` is the paper's fine-tuning: the found weights get
+values instead of being shut. This file knows no network.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -113,3 +115,27 @@ def learnt_mask(loss, count, batches, generator, rate=0.04, betas=(0.9, 0.99), p
                 gain = total / total.abs().max().clamp(min=1e-30)
                 shut = shut_by_budget(torch.where(shut, 1.0 - scales + 0.4 * gain, 0.0), allowed)
     return Found(shut, losses)
+
+
+def tune(loss, shut, weights, units, steps, generator, rate=0.1, decay=0.01, betas=(0.9, 0.99), warm_up=10):
+    """Learns values for the shut weights, and for no other, by AdamW from zero: float32 [members], and the losses.
+
+    `weights` [N] are the untouched ones, `units` [N] what a step of one means for each: the standard deviation of its
+    projection. The step size rises over `warm_up` steps to `rate` and falls to zero by a half cosine.
+    """
+    members = shut.nonzero()[:, 0]
+    ours, unit = weights[members], units[members]
+    values = torch.zeros(len(members), requires_grad=True)
+    optimizer = torch.optim.AdamW([values], lr=rate, betas=betas, eps=1e-12, weight_decay=decay)
+    losses = []
+    for k in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, k / warm_up) * 0.5 * (1 + math.cos(math.pi * k / steps))
+        scales = torch.ones(len(weights)).index_put((members,), values * unit / ours)
+        value = loss(scales, generator)
+        optimizer.zero_grad()
+        value.backward()
+        if not torch.isfinite(values.grad).all():
+            raise FloatingPointError(f"the loss is {value.item()} and its gradient is not finite")
+        optimizer.step()
+        losses.append(value.item())
+    return (values * unit).detach(), losses

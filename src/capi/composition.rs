@@ -1,7 +1,7 @@
 //! Composing and ablating
 //!
-//! A composition shuts weights of K and V: each is multiplied by the product of `1 - strength` over the concepts that
-//! hold it. It stays until it is changed and acts on every draw and denoising step from then on. The base weights are
+//! A composition shuts weights of K and V, or gives them tuned values: each is multiplied by the product of `1 - strength`
+//! over the concepts that shut it, or goes by `strength` from its own value to the mean of the tuned ones. It stays until it is changed and acts on every draw and denoising step from then on. The base weights are
 //! never written and no model is built again, so a change costs milliseconds, and after `macula_composition_clear` the
 //! next picture is the base model's, bit for bit.
 
@@ -33,13 +33,13 @@ pub struct macula_term {
     pub tokens: *const u32,
     /// Number of `tokens`. Default: `0`.
     pub token_count: usize,
-    /// Share of each weight that is taken away, 0 (none) to 1 (the weight is shut). Default: `1.0f`.
+    /// Share of the change of each weight, 0 (none) to 1 (it is shut, or has its tuned value). Default: `1.0f`.
     pub strength: f32,
     /// Where it acts. Default: `MACULA_SCOPE_DEFAULT`.
     pub scope: macula_scope,
 }
 
-/// Draws concepts together: shuts the weights of all of them. Replaces what was composed before; what is ablated stays.
+/// Draws concepts together: shuts the weights of all of them, or gives them their tuned values. Replaces what was composed before; what is ablated stays.
 ///
 /// - `pipeline`: a live pipeline; not NULL.
 /// - `terms`: the concepts, `term_count` of them, in any order; may be NULL if there are none.

@@ -14,7 +14,7 @@ use super::argument::{self, Versioned, c_text, optional_text, out, path, referen
 use super::guard::{guard, guard_free};
 use super::handle::{Object, object};
 use super::status::macula_status;
-use crate::concept::{Concept, Fingerprint, Indices, Layer, Metadata, NeuronSet, Role, Scope};
+use crate::concept::{Concept, Fingerprint, Indices, Layer, Metadata, NeuronSet, Precision, Role, Scope, Values};
 use crate::error::{Error, Result, Status};
 
 /// What shutting a concept's neurons does: one of `MACULA_ROLE_*`.
@@ -39,7 +39,47 @@ pub const MACULA_SCOPE_GLOBAL: macula_scope = 1;
 /// not disturb each other.
 pub const MACULA_SCOPE_LOCAL: macula_scope = 2;
 
-/// A set of neurons and where it comes from.
+/// What the weights of a concept become, and how that is kept: one of `MACULA_VALUES_*`.
+pub type macula_values = i32;
+
+/// Nothing is kept: they are shut (Cones).
+pub const MACULA_VALUES_NONE: macula_values = 0;
+
+/// One of two tuned levels a projection: 1 bit a neuron.
+pub const MACULA_VALUES_BINARY: macula_values = 1;
+
+/// One of four tuned levels a projection: 2 bits a neuron.
+pub const MACULA_VALUES_QUATERNARY: macula_values = 2;
+
+/// A tuned value in IEEE half precision: 16 bits a neuron.
+pub const MACULA_VALUES_FLOAT16: macula_values = 3;
+
+/// A tuned value in IEEE single precision: 32 bits a neuron.
+pub const MACULA_VALUES_FLOAT32: macula_values = 4;
+
+/// The precision of a number; `None` for shut weights.
+pub(super) fn precision(value: macula_values, field: &str) -> Result<Option<Precision>> {
+    match value {
+        MACULA_VALUES_NONE => Ok(None),
+        MACULA_VALUES_BINARY => Ok(Some(Precision::Binary)),
+        MACULA_VALUES_QUATERNARY => Ok(Some(Precision::Quaternary)),
+        MACULA_VALUES_FLOAT16 => Ok(Some(Precision::F16)),
+        MACULA_VALUES_FLOAT32 => Ok(Some(Precision::F32)),
+        other => Err(Error::invalid_argument(format!("{field} is {other}, not a MACULA_VALUES_*"))),
+    }
+}
+
+fn values_number(precision: Option<Precision>) -> macula_values {
+    match precision {
+        None => MACULA_VALUES_NONE,
+        Some(Precision::Binary) => MACULA_VALUES_BINARY,
+        Some(Precision::Quaternary) => MACULA_VALUES_QUATERNARY,
+        Some(Precision::F16) => MACULA_VALUES_FLOAT16,
+        Some(Precision::F32) => MACULA_VALUES_FLOAT32,
+    }
+}
+
+/// A set of neurons, what their weights become, and where it comes from.
 pub struct macula_concept {
     pub(super) concept: Concept,
     fingerprint: CString,
@@ -63,7 +103,7 @@ impl macula_concept {
             title: c_text(&metadata.title),
             method: c_text(&metadata.method),
             architecture: c_text(&metadata.architecture),
-            entries: metadata.entries().iter().map(|(key, value)| (c_text(key), c_text(value))).collect(),
+            entries: concept.entries().iter().map(|(key, value)| (c_text(key), c_text(value))).collect(),
             paths: concept.neurons.layers().iter().map(|layer| c_text(layer.path())).collect(),
             concept,
         }
@@ -111,6 +151,10 @@ pub struct macula_concept_info {
     pub role: macula_role,
     /// Where the concept acts unless told otherwise: `MACULA_SCOPE_GLOBAL` or `MACULA_SCOPE_LOCAL`.
     pub scope: macula_scope,
+    /// What its weights become, `MACULA_VALUES_*`.
+    pub values: macula_values,
+    /// Zero.
+    pub reserved: i32,
 }
 
 impl Default for macula_concept_info {
@@ -132,13 +176,15 @@ impl Default for macula_concept_info {
             memory_bytes: 0,
             role: 0,
             scope: 0,
+            values: 0,
+            reserved: 0,
         }
     }
 }
 
 // SAFETY: repr(C), begins with its size; pointers and numbers take any bytes.
 unsafe impl Versioned for macula_concept_info {
-    const FIRST_SIZE: usize = 112;
+    const FIRST_SIZE: usize = 120;
 }
 
 /// One projection of a concept. The text belongs to the concept handle.
@@ -182,6 +228,9 @@ pub struct macula_layer {
     pub indices: *const u32,
     /// Number of `indices`; 0 for a projection that was looked at and has no neurons.
     pub count: usize,
+    /// What each neuron's weight becomes, `count` finite numbers in the weight's own unit; read if `values` of the options
+    /// is not `MACULA_VALUES_NONE`. NULL otherwise, or if there are none.
+    pub values: *const f32,
 }
 
 /// Where a new concept comes from.
@@ -207,6 +256,10 @@ pub struct macula_concept_options {
     pub role: macula_role,
     /// Where it acts unless told otherwise; `MACULA_SCOPE_DEFAULT` stands for global. Default: `MACULA_SCOPE_GLOBAL`.
     pub scope: macula_scope,
+    /// What the weights become, and how that is kept: values are rounded to it. Default: `MACULA_VALUES_NONE`.
+    pub values: macula_values,
+    /// Zero. Default: `0`.
+    pub reserved: i32,
 }
 
 impl Default for macula_concept_options {
@@ -222,13 +275,15 @@ impl Default for macula_concept_options {
             architecture: none,
             role: MACULA_ROLE_IMPLANT,
             scope: MACULA_SCOPE_GLOBAL,
+            values: MACULA_VALUES_NONE,
+            reserved: 0,
         }
     }
 }
 
 // SAFETY: repr(C), begins with its size; pointers and integers take any bytes.
 unsafe impl Versioned for macula_concept_options {
-    const FIRST_SIZE: usize = 64;
+    const FIRST_SIZE: usize = 72;
 }
 
 /// Reads a concept file. The file is read whole and closed; it may change or go away afterwards.
@@ -282,7 +337,8 @@ pub unsafe extern "C" fn macula_concept_load_bytes(
 /// - `options`: where it comes from; not NULL, because `fingerprint` has no default.
 /// - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
 ///
-/// Errors: `INVALID_ARGUMENT` for indices that are not ascending or out of range, with the projection's path. Any thread.
+/// Errors: `INVALID_ARGUMENT` for indices that are not ascending or out of range, values that are missing or not finite, with
+/// the projection's path. Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_create(
     layers: *const macula_layer,
@@ -298,9 +354,14 @@ pub unsafe extern "C" fn macula_concept_create(
             let out_concept = out(out_concept, "out_concept")?;
             let options = argument::options(options, "options")?;
             let metadata = options.metadata()?;
-            let layers: Result<Vec<Layer>> =
-                slice(layers, layer_count, "layers")?.iter().map(|layer| layer.read()).collect();
-            let concept = Concept { metadata, neurons: NeuronSet::new(layers?)? };
+            let precision = precision(options.values, "options.values")?;
+            let mut given = slice(layers, layer_count, "layers")?.iter().map(|layer| layer.read(precision.is_some()));
+            let mut given = given.by_ref().collect::<Result<Vec<_>>>()?;
+            given.sort_by(|(a, _), (b, _)| a.path().cmp(b.path()));
+            let (layers, values): (Vec<Layer>, Vec<Vec<f32>>) = given.into_iter().unzip();
+            let neurons = NeuronSet::new(layers)?;
+            let values = precision.map(|precision| Values::new(precision, &neurons, values)).transpose()?;
+            let concept = Concept { metadata, neurons, values };
             out_concept.set(macula_concept::table().insert(macula_concept::new(concept)));
         }
         Ok(())
@@ -336,7 +397,7 @@ impl macula_concept_options {
 impl macula_layer {
     /// # Safety
     /// Pointers are valid for what the fields' texts say.
-    unsafe fn read(&self) -> Result<Layer> {
+    unsafe fn read(&self, with_values: bool) -> Result<(Layer, Vec<f32>)> {
         // SAFETY: as promised by the caller.
         let (path, given) =
             unsafe { (text(self.path, "layers.path")?, slice(self.indices, self.count, "layers.indices")?) };
@@ -351,7 +412,14 @@ impl macula_layer {
         indices.try_reserve_exact(given.len())?;
         indices.extend_from_slice(given);
         let indices = Indices::from_sorted(weights, indices).map_err(|error| error.at(path))?;
-        Layer::new(path, self.out_features, self.in_features, indices)
+        let mut values = Vec::new();
+        if with_values {
+            // SAFETY: as promised by the caller.
+            let given = unsafe { slice(self.values, self.count, "layers.values") }.map_err(|error| error.at(path))?;
+            values.try_reserve_exact(given.len())?;
+            values.extend_from_slice(given);
+        }
+        Ok((Layer::new(path, self.out_features, self.in_features, indices)?, values))
     }
 }
 
@@ -406,7 +474,8 @@ pub unsafe extern "C" fn macula_concept_get_info(
         let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let info = unsafe { argument::out_info(out_info, "out_info") }?;
-        let (metadata, neurons) = (&concept.concept.metadata, &concept.concept.neurons);
+        let Concept { metadata, neurons, values } = &concept.concept;
+        let values = values.as_ref();
         info.set(macula_concept_info {
             struct_size: 0,
             fingerprint: concept.fingerprint.as_ptr(),
@@ -420,7 +489,7 @@ pub unsafe extern "C" fn macula_concept_get_info(
             neurons: neurons.len(),
             weights: neurons.weights(),
             density: neurons.density(),
-            memory_bytes: neurons.memory_bytes() as u64,
+            memory_bytes: (neurons.memory_bytes() + values.map_or(0, Values::memory_bytes)) as u64,
             role: match metadata.role {
                 Role::Implant => MACULA_ROLE_IMPLANT,
                 Role::Erase => MACULA_ROLE_ERASE,
@@ -429,6 +498,8 @@ pub unsafe extern "C" fn macula_concept_get_info(
                 Scope::Global => MACULA_SCOPE_GLOBAL,
                 Scope::Local => MACULA_SCOPE_LOCAL,
             },
+            values: values_number(values.map(Values::precision)),
+            reserved: 0,
         });
         Ok(())
     })
@@ -502,6 +573,43 @@ pub unsafe extern "C" fn macula_concept_get_indices(
     })
 }
 
+/// Copies what one projection's neurons become, in ascending order of their indices, in the weights' own unit.
+///
+/// - `subject`: a live concept; not NULL.
+/// - `layer`: below `layer_count` of `macula_concept_info`.
+/// - `out_values`: room for `count` numbers; not NULL.
+/// - `count`: must be `neurons` of `macula_layer_info`.
+///
+/// Weights that the concept shuts become 0. Any thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn macula_concept_get_values(
+    subject: *const macula_concept,
+    layer: usize,
+    out_values: *mut f32,
+    count: usize,
+) -> macula_status {
+    guard("macula_concept_get_values", |call| {
+        let concept = call.object(subject, "subject")?;
+        // SAFETY: valid as the header asks.
+        unsafe { out(out_values, "out_values") }?;
+        let (path, neurons) = concept.layer(layer)?;
+        if count != neurons.indices().len() {
+            return Err(Error::invalid_argument(format!(
+                "count is {count}, but {} has {} neurons",
+                path.to_string_lossy(),
+                neurons.indices().len()
+            )));
+        }
+        // SAFETY: `count` numbers have room by the caller's word.
+        let room = unsafe { std::slice::from_raw_parts_mut(out_values, count) };
+        match &concept.concept.values {
+            Some(values) => room.copy_from_slice(values.layer(layer)),
+            None => room.fill(0.0),
+        }
+        Ok(())
+    })
+}
+
 /// One entry of a concept's metadata, as it stands in the file, in the order of the keys' bytes.
 ///
 /// - `subject`: a live concept; not NULL.
@@ -558,12 +666,13 @@ pub unsafe extern "C" fn macula_concept_get_metadata(
 }
 
 /// The weights of either concept. The result carries the first one's metadata, with a method that names the operation.
+/// Concepts with tuned values are refused: compose them instead.
 ///
 /// - `first`: a live concept; not NULL.
 /// - `second`: a live concept of the same base model; not NULL.
 /// - `out_concept`: receives the result; not NULL. Free it with `macula_concept_free`.
 ///
-/// Errors: `WRONG_BASE` with both fingerprints. Any thread.
+/// Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for tuned values. Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_union(
     first: *const macula_concept,
@@ -618,10 +727,20 @@ fn combine(
         // SAFETY: valid as the header asks.
         let out_concept = unsafe { out(out_concept, "out_concept") }?;
         same_base(&first.concept, &second.concept)?;
+        if let Some(tuned) = [&first, &second].into_iter().find(|one| one.concept.values.is_some()) {
+            let title = &tuned.concept.metadata.title;
+            return Err(Error::invalid_argument(format!(
+                "{title:?} has tuned values, which a {method} of sets would lose: compose the concepts instead"
+            )));
+        }
         let neurons = operation(&first.concept.neurons, &second.concept.neurons)?;
         let mut metadata = first.concept.metadata.clone();
         metadata.method = format!("{method} of {:?} and {:?}", metadata.title, second.concept.metadata.title);
-        out_concept.set(macula_concept::table().insert(macula_concept::new(Concept { metadata, neurons })));
+        out_concept.set(macula_concept::table().insert(macula_concept::new(Concept {
+            metadata,
+            neurons,
+            values: None,
+        })));
         Ok(())
     })
 }

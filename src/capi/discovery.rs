@@ -1,8 +1,8 @@
 //! Discovery
 //!
 //! Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
-//! (Cones, arXiv 2303.05125). Or those whose shutting makes it forget a word. The search differentiates the UNet's graph and runs the gradient as one more model; nothing
-//! is trained and the model's weights are never written.
+//! (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead. Search and
+//! tuning differentiate the UNet's graph and run the gradient as one more model; the model's own weights are never written.
 
 use std::ffi::{CString, c_char, c_void};
 use std::ops::ControlFlow;
@@ -10,7 +10,10 @@ use std::path::PathBuf;
 
 use super::argument::{self, Versioned, optional_text, out, reference, slice, text};
 use super::cancel::macula_cancel_token;
-use super::concept::{MACULA_ROLE_ERASE, MACULA_ROLE_IMPLANT, macula_concept, macula_role, macula_scope, scope};
+use super::concept::{
+    MACULA_ROLE_ERASE, MACULA_ROLE_IMPLANT, MACULA_VALUES_FLOAT16, macula_concept, macula_role, macula_scope,
+    macula_values, precision, scope,
+};
 use super::draw::{Teller, macula_progress_fn};
 use super::guard::guard;
 use super::handle::Object;
@@ -20,7 +23,7 @@ use super::status::macula_status;
 use crate::concept::Scope;
 use crate::diffusion::pipeline::Images;
 use crate::discovery::search::Method;
-use crate::discovery::{Erasure, Goal, Request, Searched, Subject};
+use crate::discovery::{Erasure, Goal, Request, Searched, Subject, TuneOptions};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::progress::{CancelToken, Job, Progress};
@@ -96,6 +99,8 @@ pub struct macula_discover_options {
     pub density: f64,
     /// Share of the preserved texts in the loss, above 0. Default: `1.0`.
     pub preserve_weight: f64,
+    /// Step size of tuning in standard deviations of a projection's weights, above 0. Default: `0.1`.
+    pub tune_rate: f64,
     /// The same seed gives the same neurons on any number of threads. Default: `0`.
     pub seed: u64,
     /// Batches of the search, at least 1; at least 13 for a learnt mask. Default: `60`.
@@ -124,6 +129,12 @@ pub struct macula_discover_options {
     pub save_memory: i32,
     /// Class for a UNet that takes one. Default: `0`.
     pub class_label: i32,
+    /// Steps of tuning after the search, a batch each: instead of being shut, the found weights get values that lower the
+    /// loss further. 200 draw a subject much more like itself, for about thrice the time and twice the bytes. 0: they are
+    /// shut, as in Cones. Default: `0`.
+    pub tune_steps: u32,
+    /// How tuned values are kept; not read without tuning. Default: `MACULA_VALUES_FLOAT16`.
+    pub values: macula_values,
 }
 
 impl Default for macula_discover_options {
@@ -145,6 +156,7 @@ impl Default for macula_discover_options {
             progress_userdata: std::ptr::null_mut(),
             density: 0.01,
             preserve_weight: 1.0,
+            tune_rate: f64::from(TuneOptions::default().rate),
             seed: 0,
             batches: 60,
             batch: 8,
@@ -158,13 +170,15 @@ impl Default for macula_discover_options {
             method: MACULA_METHOD_DEFAULT,
             save_memory: 0,
             class_label: 0,
+            tune_steps: 0,
+            values: MACULA_VALUES_FLOAT16,
         }
     }
 }
 
 // SAFETY: repr(C), begins with its size; pointers, an optional function pointer and numbers take any bytes.
 unsafe impl Versioned for macula_discover_options {
-    const FIRST_SIZE: usize = 184;
+    const FIRST_SIZE: usize = 200;
 }
 
 /// Finds the neurons of a subject, or of a word to forget.
@@ -296,6 +310,14 @@ impl Inputs {
             }
         };
         request.class_label = options.class_label.into();
+        if options.tune_steps > 0 {
+            let precision = precision(options.values, "options.values")?;
+            let precision = precision.ok_or_else(|| {
+                Error::invalid_argument("options.values is MACULA_VALUES_NONE, but tuning makes values to keep")
+            })?;
+            let (steps, rate) = (options.tune_steps as usize, options.tune_rate as f32);
+            request.tune = Some(TuneOptions { steps, rate, precision, ..TuneOptions::default() });
+        }
         Ok(request)
     }
 

@@ -1,7 +1,9 @@
-//! Concepts at work: the keys and values of a prompt with some weights shut.
+//! Concepts at work: the keys and values of a prompt with some weights shut or replaced.
 //!
-//! With `f` the product of `1 - strength` over the concepts that hold a weight, the effective weight is `f W`, so that
-//! `K = C (f W)^T = C W^T - C ((1 - f) W)^T`: the base keys less a sparse product, exact for every token by itself. A
+//! A concept takes `d = W - value` away from each weight that it holds, all of it where it shuts: `d = W`. Of several
+//! concepts on one weight, with strengths `s`, what is taken is the mean of their `d`, weighted by `s`, times
+//! `1 - product(1 - s)`: shut weights are multiplied by the product of `1 - s`, and the order does not matter. So
+//! `K = C (W - taken)^T = C W^T - C taken^T`: the base keys less a sparse product, exact for every token by itself. A
 //! composition never touches a weight; it reads the base and writes keys and values into the caller's buffers.
 //!
 //! *Implant* and *erase* concepts (Cones shuts the first; ablation shuts the second) are applied alike: what a set does
@@ -19,6 +21,7 @@ use super::file::Concept;
 use super::kernel::{self, PADDING, Panel, TILE};
 use super::projections::{KeysValues, Projections};
 use super::set::{NeuronSet, zeroed};
+use super::values::Values;
 use crate::error::{Error, Result, Status};
 
 /// A few weights of each row of one projection.
@@ -36,7 +39,7 @@ impl SparseRows {
     }
 }
 
-/// A concept's neurons with their weights, gathered from one [`Projections`]. Clones share the weights.
+/// A concept's neurons with what they take from their weights, gathered from one [`Projections`]. Clones share the weights.
 #[derive(Clone)]
 pub struct GatheredConcept {
     /// In the order of [`Projections::as_slice`]; `None` where the concept has no neuron.
@@ -61,13 +64,20 @@ impl GatheredConcept {
                 ),
             ));
         }
-        Self::from_neurons(&concept.neurons, base, pool)
+        Self::gather(&concept.neurons, concept.values.as_ref(), base, pool)
             .map_err(|error| Error::new(error.status(), error.message()).at(&concept.metadata.title))
     }
 
-    /// Gathers the weights of a set that is known to belong to the base. Errors as [`GatheredConcept::new`], without
-    /// `WrongBase`.
+    /// Gathers the weights of a set that is known to belong to the base, to be shut. Errors as [`GatheredConcept::new`],
+    /// without `WrongBase`.
     pub fn from_neurons(neurons: &NeuronSet, base: &Projections, pool: &ThreadPool) -> Result<Self> {
+        Self::gather(neurons, None, base, pool)
+    }
+
+    fn gather(neurons: &NeuronSet, values: Option<&Values>, base: &Projections, pool: &ThreadPool) -> Result<Self> {
+        if let Some(values) = values {
+            values.check(neurons)?;
+        }
         for layer in neurons.layers() {
             let shape = base.position(layer.path()).map(|at| {
                 let projection = &base.as_slice()[at];
@@ -85,7 +95,10 @@ impl GatheredConcept {
             }
         }
         let gather = |projection: &super::ProjectionWeights| {
-            let Some(layer) = neurons.layer(&projection.path).filter(|layer| !layer.indices().is_empty()) else {
+            let place = neurons.position(&projection.path);
+            let Some((place, layer)) =
+                place.map(|at| (at, &neurons.layers()[at])).filter(|(_, l)| !l.indices().is_empty())
+            else {
                 return Ok(None);
             };
             let members = layer.indices().len();
@@ -109,18 +122,21 @@ impl GatheredConcept {
             rows.starts[row + 1..].fill(at as u32);
             // By itself, so that many reads are under way at a time: each touches memory of its own.
             projection.weights.gather(&indices, &mut rows.values);
+            if let Some(values) = values {
+                rows.values.iter_mut().zip(values.layer(place)).for_each(|(taken, value)| *taken -= value);
+            }
             Ok(Some(rows))
         };
         let projections = pool.install(|| base.as_slice().par_iter().map(gather).collect::<Result<Vec<_>>>())?;
         Ok(Self { projections: Arc::new(projections), base_id: base.id })
     }
 
-    /// How many weights the concept shuts.
+    /// How many weights the concept shuts or replaces.
     pub fn len(&self) -> usize {
         self.projections.iter().flatten().map(SparseRows::entries).sum()
     }
 
-    /// Whether it shuts none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -165,9 +181,9 @@ impl Composition {
         Self::default()
     }
 
-    /// Adds a concept. `strength` is the share of each weight that is taken away: 1 shuts it (Cones), 0 leaves it, and a
-    /// weight of several concepts keeps the product of their `1 - strength`. The order of concepts changes nothing but
-    /// rounding.
+    /// Adds a concept. `strength` is the share of what it takes from each weight: 1 shuts it (Cones) or gives it its tuned
+    /// value, 0 leaves it. A shut weight of several concepts keeps the product of their `1 - strength`; of several tuned
+    /// values it takes the mean, weighted by strength. The order of concepts changes nothing but rounding.
     ///
     /// Errors: `InvalidArgument` if the strength is not in `[0, 1]`.
     pub fn push(&mut self, concept: GatheredConcept, strength: f32, rows: Rows) -> Result<()> {
@@ -409,8 +425,8 @@ impl Element for bf16 {
 /// Memory that a thread keeps from task to task.
 #[derive(Default)]
 struct Scratch {
-    /// The product of `1 - strength` so far for each column; all ones between rows.
-    kept: Vec<f32>,
+    /// For each column the product of `1 - strength` and the sum of strengths so far; 1 and 0 between rows.
+    met: Vec<(f32, f32)>,
     starts: Vec<u32>,
     columns: Vec<u16>,
     values: Vec<f32>,
@@ -519,8 +535,8 @@ impl Group<'_> {
             let starts = &rows.starts[first..=first + features];
             return Correction { rows: kernel::Rows { starts, columns: &rows.columns, values: &rows.values }, scale };
         }
-        let Scratch { kept, starts, columns, values, .. } = scratch;
-        kept.resize(in_features, 1.0);
+        let Scratch { met, starts, columns, values, .. } = scratch;
+        met.resize(in_features, (1.0, 0.0));
         let concepts = || self.parts.iter().filter_map(with_rows);
         let entries =
             |rows: &SparseRows, feature: usize| rows.starts[feature] as usize..rows.starts[feature + 1] as usize;
@@ -538,15 +554,19 @@ impl Group<'_> {
                 let from = rows.columns[entries.clone()].iter().zip(&rows.values[entries.clone()]);
                 let to = columns[end..].iter_mut().zip(&mut values[end..]);
                 for ((to_column, to_value), (&column, &value)) in to.zip(from) {
-                    let kept = &mut kept[usize::from(column)];
-                    // 1 - product(1 - s) = sum of each s times what the concepts before it left.
                     *to_column = column;
-                    *to_value = value * (strength * *kept);
+                    *to_value = value * strength;
+                    let (kept, sum) = &mut met[usize::from(column)];
                     *kept *= 1.0 - strength;
+                    *sum += strength;
                 }
                 end += entries.len();
             }
-            columns[begin..end].iter().for_each(|&column| kept[usize::from(column)] = 1.0);
+            for (column, value) in columns[begin..end].iter().zip(&mut values[begin..end]) {
+                let (kept, sum) = met[usize::from(*column)];
+                *value *= if kept + sum == 1.0 { 1.0 } else { (1.0 - kept) / sum };
+            }
+            columns[begin..end].iter().for_each(|&column| met[usize::from(column)] = (1.0, 0.0));
             starts.push(end as u32);
         }
         Correction { rows: kernel::Rows { starts, columns, values }, scale: 1.0 }
@@ -797,7 +817,7 @@ mod tests {
         let (ours, theirs, pool) = (base(1), base(2), pool(1));
         let neurons = Random::new(9).neurons(0.1);
         let metadata = Metadata::new(theirs.fingerprint(), "a red clock", "stable-diffusion-v1/concept-neurons");
-        let mut concept = Concept { metadata, neurons };
+        let mut concept = Concept { metadata, neurons, values: None };
         let error = GatheredConcept::new(&concept, &ours, &pool).err().unwrap();
         assert_eq!(error.status(), Status::WrongBase);
         for fingerprint in [ours.fingerprint(), theirs.fingerprint()] {

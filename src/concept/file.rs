@@ -10,7 +10,13 @@
 //! **Tensors.** One per projection that was looked at, named by its diffusers module path and `.neurons`, for example
 //! `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.neurons`: dtype `U8`, shape `[bytes]`, in byte-wise order
 //! of the paths. The bytes are the compressed indices (below), which count weights of the `[out, in]` layout:
-//! `index = row * in_features + column`. A projection without neurons is listed too. There are no other tensors.
+//! `index = row * in_features + column`. A projection without neurons is listed too.
+//!
+//! If the concept has tuned values, there is a second tensor for each projection, named by its path and `.values`; all of
+//! these come before the others. In ascending order of the indices it holds what each neuron's weight is while the concept
+//! acts, in the weight's own unit: `F32 [count]`, `F16 [count]`, or `U8 [bytes]` for codes of 1 or 2 bits: first the 2 or
+//! 4 levels as `f32`, ascending, then a code a value, the first in the lowest bits, then zero bits. There are no other
+//! tensors.
 //!
 //! **Payload.** Numbers are little-endian; bit `i` of a stream is bit `i % 8` of its byte `i / 8`.
 //!
@@ -31,7 +37,7 @@
 //! | `macula.format` * | `1` |
 //! | `macula.base` * | the base model's [`Fingerprint`], 64 hexadecimal digits |
 //! | `macula.role` * | `implant` (shutting the neurons draws the subject) or `erase` (shutting them removes it) |
-//! | `macula.values` * | `none`: members are shut. Other values are refused by readers of this version; they are the place for tuned values (`binary`, `quaternary`, `float16`, `float32`), which come as tensors `<path>.values`, one value per member in ascending order of the indices |
+//! | `macula.values` * | `none`: members are shut; or how their tuned values are kept: `binary`, `quaternary`, `float16` or `float32` |
 //! | `macula.scope` | default scope: `global` (every token) or `local` (the rows of the concept's own tokens); `global` if absent |
 //! | `macula.method` | how the set was found, free text |
 //! | `macula.trigger`, `macula.class_noun` | the subject's word, e.g. `<s1>`, and its class, e.g. `dog` |
@@ -58,13 +64,13 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use safetensors::SafeTensors;
-use safetensors::tensor::Dtype;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
 use super::codec;
 use super::fingerprint::Fingerprint;
 use super::set::{Layer, NeuronSet};
+use super::values::{Precision, Values};
 use crate::error::{Error, Result};
 use crate::os;
 
@@ -81,7 +87,8 @@ pub const MAX_FILE_BYTES: u64 = 1 << 30;
 /// take 256 MiB.
 pub const MAX_FILE_WEIGHTS: u64 = 1 << 31;
 
-const TENSOR_SUFFIX: &str = ".neurons";
+const NEURONS_SUFFIX: &str = ".neurons";
+const VALUES_SUFFIX: &str = ".values";
 
 const FORMAT: &str = "macula.format";
 const BASE: &str = "macula.base";
@@ -185,8 +192,8 @@ impl Metadata {
         }
     }
 
-    /// All keys and values as they stand in a file, without the hash of the data.
-    pub fn entries(&self) -> BTreeMap<String, String> {
+    /// Its keys and values as they stand in a file.
+    fn entries(&self) -> BTreeMap<String, String> {
         let mut entries = self.other.clone();
         let mut set = |key: &str, value: String| entries.insert(key.to_string(), value);
         set(FORMAT, FORMAT_VERSION.into());
@@ -199,7 +206,6 @@ impl Metadata {
             }
             .into(),
         );
-        set(VALUES, "none".into());
         set(
             SCOPE,
             match self.scope {
@@ -246,14 +252,7 @@ impl Metadata {
         };
         let unknown = |key: &str, value: &str| Error::invalid_file(format!("{key} is {value:?}, which is not known"));
         take(FORMAT);
-        match required(VALUES, take(VALUES))?.as_str() {
-            "none" => {}
-            values => {
-                return Err(Error::unsupported(format!(
-                    "the concept has tuned values ({VALUES} is {values:?}); this version reads sets without values"
-                )));
-            }
-        }
+        take(VALUES);
         for key in [SPEC, IMPLEMENTATION] {
             required(key, take(key))?;
         }
@@ -328,16 +327,26 @@ fn today() -> String {
     format!("{year:04}-{month:02}-{day:02}")
 }
 
-/// A set of neurons and where it comes from.
+/// A set of neurons, what their weights become, and where it comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Concept {
     /// Where it comes from.
     pub metadata: Metadata,
     /// The neurons.
     pub neurons: NeuronSet,
+    /// What their weights become; `None` where they are shut.
+    pub values: Option<Values>,
 }
 
 impl Concept {
+    /// All keys and values of the metadata as they stand in a file, without the hash of the data.
+    pub fn entries(&self) -> BTreeMap<String, String> {
+        let mut entries = self.metadata.entries();
+        let values = self.values.as_ref().map_or("none", |values| values.precision().name());
+        entries.insert(VALUES.into(), values.into());
+        entries
+    }
+
     /// Reads a concept file into owned memory; the file is not kept open.
     ///
     /// Errors: `NotFound`, `Io`; `InvalidFile` if it is damaged, truncated or not a concept file; `Unsupported` if its
@@ -361,8 +370,15 @@ impl Concept {
             None => return Err(foreign(&header.tensors)),
         }
         let hash = entries.remove(HASH).ok_or_else(|| Error::invalid_file(format!("the metadata lacks {HASH}")))?;
+        let precision = match entries.get(VALUES).map(String::as_str) {
+            Some("none") => None,
+            Some(name) => Some(Precision::ALL.into_iter().find(|known| known.name() == name).ok_or_else(|| {
+                Error::unsupported(format!("{VALUES} is {name:?}, which this version does not know"))
+            })?),
+            None => return Err(Error::invalid_file(format!("the metadata lacks {VALUES}"))),
+        };
         let metadata = Metadata::from_entries(entries)?;
-        check_tensors(&header.tensors, data.len())?;
+        check_tensors(&header.tensors, data.len(), precision)?;
         if hash != sha256(data) {
             return Err(Error::invalid_file(format!(
                 "the file is damaged: its data has the hash {}, its header says {hash}",
@@ -374,11 +390,8 @@ impl Concept {
         let mut layers = Vec::new();
         let mut weights = 0;
         for (name, tensor) in tensors.iter() {
+            let Some(path) = name.strip_suffix(NEURONS_SUFFIX) else { continue };
             let layer = || {
-                let path = name.strip_suffix(TENSOR_SUFFIX).unwrap_or(name);
-                if tensor.dtype() != Dtype::U8 {
-                    return Err(Error::invalid_file(format!("a payload is of U8, not {:?}", tensor.dtype())));
-                }
                 weights += u64::from(codec::header(tensor.data())?.weights);
                 if weights > MAX_FILE_WEIGHTS {
                     return Err(Error::limit_exceeded(format!(
@@ -391,7 +404,9 @@ impl Concept {
             };
             layers.push({ layer }().map_err(|error: Error| error.at(format_args!("tensor {name:?}")))?);
         }
-        Ok(Self { metadata, neurons: NeuronSet::new(layers)? })
+        let neurons = NeuronSet::new(layers)?;
+        let values = precision.map(|precision| values(precision, &neurons, &tensors)).transpose()?;
+        Ok(Self { metadata, neurons, values })
     }
 
     /// The content of the concept file; the same concept always gives the same bytes.
@@ -400,16 +415,29 @@ impl Concept {
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut tensors = Vec::new();
         let mut data = Vec::new();
+        let mut add = |name: String, dtype: &str, shape: usize, payload: &[u8]| {
+            data.try_reserve(payload.len())?;
+            data.extend_from_slice(payload);
+            let name = serde_json::Value::from(name);
+            let end = data.len();
+            let begin = end - payload.len();
+            tensors.push(format!(r#"{name}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#));
+            Ok::<(), Error>(())
+        };
+        if let Some(values) = &self.values {
+            values.check(&self.neurons)?;
+            for (at, layer) in self.neurons.layers().iter().enumerate() {
+                let payload = values.encode(at);
+                let (dtype, bytes) = dtype_of(values.precision());
+                let name = format!("{}{VALUES_SUFFIX}", layer.path());
+                add(name, dtype, payload.len() / bytes as usize, &payload)?;
+            }
+        }
         for layer in self.neurons.layers() {
             let payload = codec::encode(layer.out_features(), layer.in_features(), layer.indices())?;
-            data.try_reserve(payload.len())?;
-            data.extend_from_slice(&payload);
-            let name = serde_json::Value::from(format!("{}{TENSOR_SUFFIX}", layer.path()));
-            let [bytes, end] = [payload.len(), data.len()];
-            let begin = end - bytes;
-            tensors.push(format!(r#"{name}:{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{begin},{end}]}}"#));
+            add(format!("{}{NEURONS_SUFFIX}", layer.path()), "U8", payload.len(), &payload)?;
         }
-        let mut entries = self.metadata.entries();
+        let mut entries = self.entries();
         entries.insert(HASH.into(), sha256(&data));
         let mut bytes = vec![0; 8];
         let written = (|| {
@@ -569,22 +597,53 @@ fn split(bytes: &[u8]) -> Result<(Header, &[u8])> {
     Ok((header, data))
 }
 
-/// Names are ours, and offsets cover the data without gap or overlap.
-fn check_tensors(tensors: &HashMap<String, Tensor>, data_bytes: usize) -> Result<()> {
+/// How a file types values, and the bytes of an element.
+fn dtype_of(precision: Precision) -> (&'static str, u64) {
+    match precision {
+        Precision::Binary | Precision::Quaternary => ("U8", 1),
+        Precision::F16 => ("F16", 2),
+        Precision::F32 => ("F32", 4),
+    }
+}
+
+/// The values of a set from the file's tensors, whose names and types were checked.
+fn values(precision: Precision, neurons: &NeuronSet, tensors: &SafeTensors<'_>) -> Result<Values> {
+    let layers = neurons.layers().iter().map(|layer| {
+        let name = format!("{}{VALUES_SUFFIX}", layer.path());
+        let tensor = tensors.tensor(&name).map_err(|error| Error::invalid_file(error.to_string()).caused_by(error))?;
+        Values::decode(precision, tensor.data(), layer.indices().len()).map_err(|error| error.at(name))
+    });
+    Values::new(precision, neurons, layers.collect::<Result<_>>()?)
+        .map_err(|error| Error::invalid_file(error.message()))
+}
+
+/// Names and types are ours, and offsets cover the data without gap or overlap.
+fn check_tensors(tensors: &HashMap<String, Tensor>, data_bytes: usize, values: Option<Precision>) -> Result<()> {
     let mut in_order: Vec<(&String, &Tensor)> = tensors.iter().collect();
     in_order.sort_by_key(|(name, tensor)| (tensor.data_offsets, name.as_str()));
     let mut next = 0;
     for (name, tensor) in in_order {
         let wrong = |what: String| Err(Error::invalid_file(format!("tensor {name:?} {what}")));
-        if name.strip_suffix(TENSOR_SUFFIX).is_none_or(str::is_empty) {
-            return wrong(format!("is not named by a module path and {TENSOR_SUFFIX:?}"));
+        let of_values = values.and_then(|precision| Some((precision, name.strip_suffix(VALUES_SUFFIX)?)));
+        let (path, (dtype, bytes)) = match (name.strip_suffix(NEURONS_SUFFIX), of_values) {
+            (Some(path), _) => (path, ("U8", 1u64)),
+            (None, Some((precision, path))) => (path, dtype_of(precision)),
+            (None, None) => ("", ("U8", 1u64)),
+        };
+        if path.is_empty() {
+            let or_values = if values.is_some() { format!(" or {VALUES_SUFFIX:?}") } else { String::new() };
+            return wrong(format!("is not named by a module path and {NEURONS_SUFFIX:?}{or_values}"));
+        }
+        if of_values.is_some() && !tensors.contains_key(&format!("{path}{NEURONS_SUFFIX}")) {
+            return wrong("has no neurons".into());
         }
         let (begin, end) = tensor.data_offsets;
         if begin != next || end < begin {
             return wrong(format!("lies at {begin}..{end}, but the tensor before it ends at {next}"));
         }
-        if tensor.dtype != "U8" || tensor.shape != [end - begin] {
-            return wrong(format!("is {} {:?}, not U8 [{}]", tensor.dtype, tensor.shape, end - begin));
+        let elements = (end - begin) / bytes;
+        if tensor.dtype != dtype || tensor.shape != [elements] || elements * bytes != end - begin {
+            return wrong(format!("is {} {:?}, not {dtype} [{elements}]", tensor.dtype, tensor.shape));
         }
         next = end;
     }

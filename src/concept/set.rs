@@ -369,7 +369,12 @@ impl NeuronSet {
 
     /// The projection at a module path.
     pub fn layer(&self, path: &str) -> Option<&Layer> {
-        self.layers.binary_search_by(|layer| layer.path.as_str().cmp(path)).ok().map(|at| &self.layers[at])
+        self.position(path).map(|at| &self.layers[at])
+    }
+
+    /// The place in [`NeuronSet::layers`] of the projection at a module path.
+    pub fn position(&self, path: &str) -> Option<usize> {
+        self.layers.binary_search_by(|layer| layer.path.as_str().cmp(path)).ok()
     }
 
     /// How many weights are members.

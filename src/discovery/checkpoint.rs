@@ -1,7 +1,9 @@
-//! A search kept in a file between two batches, so that it can go on where it was broken off.
+//! A search, and the tuning that follows it, kept in a file between two batches, so that it can go on where it was broken
+//! off.
 //!
-//! A safetensors file: the tensor `losses` and one for each thing that the method remembers. Its metadata has, under
-//! `macula.search`, a hash of all that the search depends on: another search never goes on from it.
+//! A safetensors file: the tensor `losses` and one for each thing that the method remembers; once the tuning has begun,
+//! `tuned.losses` and what the tuning remembers. Its metadata has, under `macula.search`, a hash of all that the search
+//! depends on: another search never goes on from it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,6 +14,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::search::{Numbers, Search};
+use super::tune::Tuning;
 use crate::error::{Error, Result};
 use crate::os;
 
@@ -20,11 +23,17 @@ const IDENTITY: &str = "macula.search";
 /// The longest header of a checkpoint that is read.
 const MAX_HEADER_BYTES: usize = 1 << 20;
 
-/// Writes a search in one piece: on failure what was at `path` stays as it was.
-pub(super) fn save(path: &Path, identity: &str, search: &mut Search) -> Result<()> {
+const LOSSES: &str = "losses";
+const TUNED_LOSSES: &str = "tuned.losses";
+
+/// Writes a search and its tuning in one piece: on failure what was at `path` stays as it was.
+pub(super) fn save(path: &Path, identity: &str, search: &mut Search, tuning: Option<&mut Tuning>) -> Result<()> {
     let mut losses = search.losses().to_vec();
+    let mut tuned_losses = tuning.as_ref().map(|tuning| tuning.losses().to_vec());
     let mut kept = search.memory();
-    kept.push(("losses", Numbers::F64(&mut losses)));
+    kept.push((LOSSES, Numbers::F64(&mut losses)));
+    kept.extend(tuning.into_iter().flat_map(Tuning::memory));
+    kept.extend(tuned_losses.as_mut().map(|losses| (TUNED_LOSSES, Numbers::F64(losses))));
     let tensors = kept.iter().map(|(name, numbers)| Ok((*name, view(numbers)?))).collect::<Result<Vec<_>>>()?;
     let metadata = HashMap::from([(IDENTITY.to_owned(), identity.to_owned())]);
     let bytes = serialize(tensors, Some(metadata)).map_err(|error| Error::invalid_argument(error.to_string()))?;
@@ -36,16 +45,28 @@ pub(super) fn save(path: &Path, identity: &str, search: &mut Search) -> Result<(
 /// Errors: `InvalidArgument` for the checkpoint of another search; `InvalidFile` for a file that is damaged or is none;
 /// `Io`; `OutOfMemory`.
 pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result<()> {
-    let resumed = match read(path, search) {
-        Ok(Some(bytes)) => restore(&bytes, identity, search),
-        Ok(None) => Ok(()),
-        Err(error) => Err(error),
-    };
-    resumed.map_err(|error| error.at(path.display()))
+    let most = MAX_HEADER_BYTES + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>();
+    restore(path, identity, most, |tensors| {
+        fill_all(tensors, search.memory())?;
+        search.resume(losses_in(tensors, LOSSES)?)
+    })
 }
 
-/// The content of a checkpoint, if there is one.
-fn read(path: &Path, search: &mut Search) -> Result<Option<Vec<u8>>> {
+/// Brings a tuning to where the file left it; nothing if there is no file or the tuning had not begun. Errors as
+/// [`resume`].
+pub(super) fn resume_tuning(path: &Path, identity: &str, search: &mut Search, tuning: &mut Tuning) -> Result<()> {
+    let most = MAX_HEADER_BYTES + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>();
+    restore(path, identity, most, |tensors| {
+        if tensors.tensor(TUNED_LOSSES).is_err() {
+            return Ok(());
+        }
+        fill_all(tensors, tuning.memory())?;
+        tuning.resume(losses_in(tensors, TUNED_LOSSES)?)
+    })
+}
+
+/// The content of a checkpoint of at most so many bytes, if there is one.
+fn read(path: &Path, most: usize) -> Result<Option<Vec<u8>>> {
     let io = |error| Error::io("reading the checkpoint", error);
     // Asked before opening: opening a pipe would wait for its writer.
     let about = match std::fs::metadata(path) {
@@ -53,7 +74,6 @@ fn read(path: &Path, search: &mut Search) -> Result<Option<Vec<u8>>> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io(error)),
     };
-    let most = MAX_HEADER_BYTES + search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>();
     if !about.is_file() || about.len() > most as u64 {
         return Err(Error::invalid_file(format!("not a checkpoint of this search: no file of at most {most} bytes")));
     }
@@ -63,10 +83,21 @@ fn read(path: &Path, search: &mut Search) -> Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-fn restore(bytes: &[u8], identity: &str, search: &mut Search) -> Result<()> {
-    let damaged = |error: safetensors::SafeTensorError| {
-        Error::invalid_file(format!("not a checkpoint, or a damaged one: {error}")).caused_by(error)
+/// Gives the tensors of a checkpoint of this search to `take`, if there is one.
+fn restore(path: &Path, identity: &str, most: usize, take: impl FnOnce(&SafeTensors<'_>) -> Result<()>) -> Result<()> {
+    let restored = match read(path, most) {
+        Ok(Some(bytes)) => tensors_of(&bytes, identity).and_then(|tensors| take(&tensors)),
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
     };
+    restored.map_err(|error| error.at(path.display()))
+}
+
+fn damaged(error: safetensors::SafeTensorError) -> Error {
+    Error::invalid_file(format!("not a checkpoint, or a damaged one: {error}")).caused_by(error)
+}
+
+fn tensors_of<'b>(bytes: &'b [u8], identity: &str) -> Result<SafeTensors<'b>> {
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
     match header.metadata().as_ref().and_then(|metadata| metadata.get(IDENTITY)) {
         Some(found) if found == identity => {}
@@ -77,14 +108,20 @@ fn restore(bytes: &[u8], identity: &str, search: &mut Search) -> Result<()> {
         }
         None => return Err(Error::invalid_file(format!("not a checkpoint: its metadata lacks {IDENTITY}"))),
     }
-    let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
-    for (name, numbers) in &mut search.memory() {
-        fill(&tensors.tensor(name).map_err(damaged)?, name, numbers)?;
-    }
-    let losses = tensors.tensor("losses").map_err(damaged)?;
+    SafeTensors::deserialize(bytes).map_err(damaged)
+}
+
+fn fill_all(tensors: &SafeTensors<'_>, memory: Vec<(&'static str, Numbers<'_>)>) -> Result<()> {
+    memory
+        .into_iter()
+        .try_for_each(|(name, mut numbers)| fill(&tensors.tensor(name).map_err(damaged)?, name, &mut numbers))
+}
+
+fn losses_in(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>> {
+    let losses = tensors.tensor(name).map_err(damaged)?;
     let mut known = vec![0f64; losses.shape().iter().product()];
-    fill(&losses, "losses", &mut Numbers::F64(&mut known))?;
-    search.resume(known)
+    fill(&losses, name, &mut Numbers::F64(&mut known))?;
+    Ok(known)
 }
 
 fn fill(tensor: &TensorView<'_>, name: &str, numbers: &mut Numbers<'_>) -> Result<()> {
@@ -159,7 +196,7 @@ mod tests {
                 let path = folder.path().join(format!("{number}-{broken}"));
                 let mut first = begun(method);
                 run(&mut first, broken);
-                save(&path, "this one", &mut first).unwrap();
+                save(&path, "this one", &mut first, None).unwrap();
                 let mut second = begun(method);
                 resume(&path, "this one", &mut second).unwrap();
                 assert_eq!(second.losses().len(), broken);
@@ -178,7 +215,7 @@ mod tests {
         resume(&path, "this one", &mut search).unwrap();
         assert!(search.losses().is_empty());
         run(&mut search, 5);
-        save(&path, "this one", &mut search).unwrap();
+        save(&path, "this one", &mut search, None).unwrap();
         let refused = |path: &Path, identity: &str, method: Method| {
             let error = resume(path, identity, &mut begun(method)).unwrap_err();
             assert!(error.message().contains(&path.display().to_string()), "{error}");
@@ -193,7 +230,7 @@ mod tests {
             assert_eq!(refused(&path, "this one", METHODS[2]), Status::InvalidFile, "{end} bytes");
         }
         let nowhere = folder.path().join("none/kept");
-        let error = save(&nowhere, "this one", &mut search).unwrap_err();
+        let error = save(&nowhere, "this one", &mut search, None).unwrap_err();
         assert_eq!(error.status(), Status::NotFound);
         assert!(error.message().contains("none/kept"), "{error}");
     }
@@ -211,7 +248,7 @@ mod tests {
             assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
         }
         let mut search = Search::new(100_000, 2, METHODS[0], Bound::Count(1)).unwrap();
-        let error = save(Path::new(&path), "this one", &mut search).unwrap_err();
+        let error = save(Path::new(&path), "this one", &mut search, None).unwrap_err();
         assert_eq!(error.status(), Status::Io);
         assert!(error.message().contains("kept"), "{error}");
     }

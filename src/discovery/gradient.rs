@@ -188,6 +188,11 @@ impl KeyValueGradient {
         self.texts.searched()
     }
 
+    /// The untouched weights of each searched projection, `[out, in]`, in the order of the scales.
+    pub(super) fn weights(&self) -> impl Iterator<Item = &[f32]> {
+        self.texts.weights.iter().map(Vec::as_slice)
+    }
+
     /// The number of scales: of all searched projections in their order, `[out, in]` each.
     pub fn len(&self) -> usize {
         self.texts.weights.iter().map(Vec::len).sum()

@@ -10,7 +10,8 @@ use super::checkpoint;
 use super::draw::{Batch, Examples, Objective, pick};
 use super::gradient::KeyValueGradient;
 use super::search::{Bound, Found, Method, Search, Slope};
-use crate::concept::{Indices, Layer, NeuronSet};
+use super::tune::{TuneOptions, Tuning};
+use crate::concept::{Indices, Layer, NeuronSet, Values};
 use crate::diffusion::schedule::SchedulerConfig;
 use crate::diffusion::unet::{Conditioning, Unet};
 use crate::error::{Error, Result};
@@ -43,8 +44,10 @@ pub struct DiscoveryOptions {
     pub batch: usize,
     /// Fixes pictures, timesteps and noises.
     pub seed: u64,
-    /// A file in which the search is kept, after each [`CHECKPOINT_BATCHES`] batches, when it is broken off and at its
-    /// end. If it is there, the same search goes on where it was, and finds what it would have found in one go.
+    /// What follows the search: new values for the found weights; `None` to shut them.
+    pub tune: Option<TuneOptions>,
+    /// A file in which search and tuning are kept, after each [`CHECKPOINT_BATCHES`] batches, when they are broken off and
+    /// at the end. If it is there, the same search goes on where it was, and finds what it would have found in one go.
     pub checkpoint: Option<PathBuf>,
 }
 
@@ -64,9 +67,11 @@ pub struct Discovery {
 /// What a search found.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The neurons to shut.
+    /// The neurons to shut, or to give new values.
     pub neurons: NeuronSet,
-    /// The loss of each batch, along the search.
+    /// Their values, if they were tuned.
+    pub values: Option<Values>,
+    /// The loss of each batch, along the search and then the tuning.
     pub losses: Vec<f64>,
     /// See [`Found::agreement`].
     pub agreement: f64,
@@ -155,10 +160,10 @@ impl Discovery {
         Ok(said)
     }
 
-    /// Searches. `unet` is the model that `gradient` was made of; its composition must be empty, and its conditioning is
-    /// replaced. The same seed gives the same set on any number of threads.
+    /// Searches, and tunes what was found. `unet` is the model that `gradient` was made of; its composition must be empty,
+    /// and its conditioning is replaced. The same seed gives the same set and values on any number of threads.
     ///
-    /// Reports the stage `"search"`, one unit a batch, with the mean loss of the last ten.
+    /// Reports the stages `"search"` and `"tune"`, one unit a batch, with the mean loss of the last ten.
     ///
     /// Errors: [`crate::Status::InvalidArgument`], also for a checkpoint of another search;
     /// [`crate::Status::InvalidFile`] for a damaged one; [`crate::Status::NotFinite`] naming the batch;
@@ -177,43 +182,96 @@ impl Discovery {
         if let Some(path) = &options.checkpoint {
             checkpoint::resume(path, &identity, &mut search)?;
         }
-        tell(&search, options, job)?;
+        let mut loss = |scales: &[f32], number: usize, job: &Job<'_>| -> Result<Slope> {
+            let batch = self.batch(unet, options, number, job)?;
+            gradient.slope(&batch, self.shape, scales, &job.cancel)
+        };
+        tell("search", search.losses(), options.batches, job)?;
         while !search.is_done() {
-            let outcome = search.step(&mut |scales: &[f32], number: usize| -> Result<Slope> {
-                let batch = self.batch(unet, options, number, job)?;
-                gradient.slope(&batch, self.shape, scales, &job.cancel)
-            });
-            let outcome = outcome.and_then(|()| tell(&search, options, job));
+            let outcome = search.step(&mut |scales: &[f32], number: usize| loss(scales, number, job));
+            let outcome = outcome.and_then(|()| tell("search", search.losses(), options.batches, job));
             let due = search.is_done() || outcome.is_err() || search.losses().len().is_multiple_of(CHECKPOINT_BATCHES);
             let saved = match &options.checkpoint {
-                Some(path) if due => checkpoint::save(path, &identity, &mut search),
+                Some(path) if due => checkpoint::save(path, &identity, &mut search, None),
                 _ => Ok(()),
             };
             outcome.and(saved)?;
         }
-        let Found { shut, losses, agreement } = search.found();
-        Ok(Report { neurons: neurons(gradient, &shut)?, losses, agreement, elapsed: began.elapsed() })
+        let Found { shut, mut losses, agreement } = search.found();
+        let neurons = neurons(gradient, &shut)?;
+        let mut values = None;
+        if let Some(wanted) = options.tune {
+            let mut tuning = tuning(gradient, &shut, wanted)?;
+            if let Some(path) = &options.checkpoint {
+                checkpoint::resume_tuning(path, &identity, &mut search, &mut tuning)?;
+            }
+            tell("tune", tuning.losses(), wanted.steps, job)?;
+            while !tuning.is_done() {
+                let mut step = |scales: &[f32], number: usize| loss(scales, options.batches + number, job);
+                let outcome = tuning.step(&mut step);
+                let outcome = outcome.and_then(|()| tell("tune", tuning.losses(), wanted.steps, job));
+                let steps = tuning.losses().len();
+                let due = tuning.is_done() || outcome.is_err() || steps.is_multiple_of(CHECKPOINT_BATCHES);
+                let saved = match &options.checkpoint {
+                    Some(path) if due => checkpoint::save(path, &identity, &mut search, Some(&mut tuning)),
+                    _ => Ok(()),
+                };
+                outcome.and(saved)?;
+            }
+            losses.extend(tuning.losses());
+            values = Some(tuned_values(&neurons, tuning.values(), wanted)?);
+        }
+        Ok(Report { neurons, values, losses, agreement, elapsed: began.elapsed() })
     }
 
     /// A hash of all that a search depends on: options, base, terms.
     fn identity(&self, gradient: &KeyValueGradient, options: &DiscoveryOptions) -> Result<String> {
-        let DiscoveryOptions { method, bound, batches, batch, seed, checkpoint: _ } = options;
+        let DiscoveryOptions { method, bound, batches, batch, seed, tune, checkpoint: _ } = options;
         let mut hash = Sha256::new();
         let paths: Vec<&str> = gradient.searched().map(|projection| projection.path.as_str()).collect();
         let base = gradient.projections().fingerprint();
         // Debug output gives every float in full.
-        write!(hash, "{:?}", (method, bound, batches, batch, seed, base, paths, &self.schedule, &self.terms))
+        write!(hash, "{:?}", (method, bound, batches, batch, seed, tune, base, paths, &self.schedule, &self.terms))
             .map_err(|error| Error::io("hashing the search", error))?;
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
-/// Reports how far a search is.
-fn tell(search: &Search, options: &DiscoveryOptions, job: &mut Job<'_>) -> Result<()> {
-    let losses = search.losses();
+/// Reports how far a stage is.
+fn tell(stage: &str, losses: &[f64], total: usize, job: &mut Job<'_>) -> Result<()> {
     let last = &losses[losses.len().saturating_sub(RUNNING)..];
     let loss = (!last.is_empty()).then(|| last.iter().sum::<f64>() / last.len() as f64);
-    job.tell(Progress { stage: "search", done: losses.len() as u64, total: options.batches as u64, loss })
+    job.tell(Progress { stage, done: losses.len() as u64, total: total as u64, loss })
+}
+
+/// A tuning of the shut weights, in units of the standard deviation of each projection.
+fn tuning(gradient: &KeyValueGradient, shut: &[bool], options: TuneOptions) -> Result<Tuning> {
+    let (mut members, mut weights, mut units) = (Vec::new(), Vec::new(), Vec::new());
+    let mut start = 0;
+    for own in gradient.weights() {
+        let unit = deviation(own);
+        for (at, weight) in own.iter().enumerate().filter(|(at, _)| shut[start + at]) {
+            members.push(start + at);
+            weights.push(*weight);
+            units.push(unit);
+        }
+        start += own.len();
+    }
+    Tuning::new(shut.len(), members, weights, units, options)
+}
+
+/// The standard deviation of a projection's weights.
+fn deviation(weights: &[f32]) -> f32 {
+    let count = weights.len() as f64;
+    let mean = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() / count;
+    (weights.iter().map(|weight| (f64::from(*weight) - mean).powi(2)).sum::<f64>() / count).sqrt() as f32
+}
+
+/// The values of all members, shared out to the projections.
+fn tuned_values(neurons: &NeuronSet, values: Vec<f32>, options: TuneOptions) -> Result<Values> {
+    let mut values = values.into_iter();
+    let layers = neurons.layers().iter().map(|layer| values.by_ref().take(layer.indices().len()).collect());
+    Values::new(options.precision, neurons, layers.collect())
 }
 
 /// The shut weights as a set.

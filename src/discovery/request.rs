@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::gradient::{GradientOptions, KeyValueGradient, Searched};
 use super::job::{Discovery, DiscoveryOptions, Report};
 use super::search::{Bound, Method};
+use super::tune::TuneOptions;
 use crate::concept::{Concept, Fingerprint, Metadata, Role, Scope, Selection};
 use crate::diffusion::pipeline::{Images, Pipeline};
 use crate::error::{Error, Result, Status};
@@ -79,6 +80,8 @@ pub struct Request<'a> {
     pub effort: Effort,
     /// The class for a UNet that takes one.
     pub class_label: i64,
+    /// New values for the found weights, instead of shutting them; `None` to shut them, as Cones does.
+    pub tune: Option<TuneOptions>,
     /// See [`DiscoveryOptions::checkpoint`].
     pub checkpoint: Option<PathBuf>,
 }
@@ -101,13 +104,14 @@ impl<'a> Request<'a> {
             seed: 0,
             effort: Effort::default(),
             class_label: 0,
+            tune: None,
             checkpoint: None,
         }
     }
 
     /// Finds the neurons. The pipeline's concepts are cleared first and are the caller's to set again.
     ///
-    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"` and `"search"`.
+    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"`, `"search"` and `"tune"`.
     ///
     /// Errors: [`Status::InvalidArgument`] for no pictures, a size that the model does not take, prompts that are not one
     /// a picture, anchors that are not one a prompt, a trigger that the tokenizer has not, a prompt without the word, a
@@ -129,6 +133,7 @@ impl<'a> Request<'a> {
             batches: self.batches,
             batch: self.batch,
             seed: self.seed,
+            tune: self.tune,
             checkpoint: self.checkpoint.clone(),
         };
         job.step("differentiate", 0, 1)?;
@@ -142,7 +147,8 @@ impl<'a> Request<'a> {
         job.step("differentiate", 1, 1)?;
         options.bound = Bound::Count(((self.density * gradient.len() as f64) as usize).max(1));
         let report = discovery.run(pipeline.unet_mut(), &gradient, &options, job)?;
-        Ok((Concept { neurons: report.neurons.clone(), metadata: self.metadata(fingerprint) }, report))
+        let (neurons, values) = (report.neurons.clone(), report.values.clone());
+        Ok((Concept { neurons, values, metadata: self.metadata(fingerprint) }, report))
     }
 
     fn differentiate(
@@ -186,6 +192,9 @@ impl<'a> Request<'a> {
         }
         metadata.scope = self.scope;
         metadata.method = self.method.name().to_owned();
+        if let Some(tune) = &self.tune {
+            metadata.method += &format!(", {} steps of tuning", tune.steps);
+        }
         metadata.selection = Some(Selection::Budget(self.density));
         metadata.steps = Some(self.batches as u64);
         metadata.seed = Some(self.seed);

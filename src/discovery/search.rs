@@ -188,15 +188,7 @@ impl Search {
     /// search is then as before.
     pub fn step(&mut self, loss: Loss<'_>) -> Result<()> {
         let batch = self.losses.len();
-        let place = || format!("batch {batch} of the search");
-        let slope = loss(&self.scales(), batch).map_err(|error| match error.status() {
-            Status::NotFinite => error.at(place()),
-            _ => error,
-        })?;
-        if !slope.loss.is_finite() || slope.scales.iter().any(|value| !value.is_finite()) {
-            let what = format!("the loss is {} or its gradient is not finite", slope.loss);
-            return Err(Error::new(Status::NotFinite, what).at(place()));
-        }
+        let slope = finite_slope(loss, &self.scales(), batch, || format!("batch {batch} of the search"))?;
         self.losses.push(slope.loss);
         let budget = self.budget();
         match &mut self.memory {
@@ -323,7 +315,20 @@ pub(super) enum Numbers<'a> {
 /// Adam's shares of the past.
 const BETAS: (f32, f32) = (0.9, 0.99);
 
-fn filled<T: Clone>(count: usize, value: T) -> Result<Vec<T>> {
+/// What a batch says, if that is finite; else an error at `place`.
+pub(super) fn finite_slope(loss: Loss<'_>, scales: &[f32], batch: usize, place: impl Fn() -> String) -> Result<Slope> {
+    let slope = loss(scales, batch).map_err(|error| match error.status() {
+        Status::NotFinite => error.at(place()),
+        _ => error,
+    })?;
+    if !slope.loss.is_finite() || slope.scales.iter().any(|value| !value.is_finite()) {
+        let what = format!("the loss is {} or its gradient is not finite", slope.loss);
+        return Err(Error::new(Status::NotFinite, what).at(place()));
+    }
+    Ok(slope)
+}
+
+pub(super) fn filled<T: Clone>(count: usize, value: T) -> Result<Vec<T>> {
     let mut filled = Vec::new();
     filled.try_reserve_exact(count)?;
     filled.resize(count, value);

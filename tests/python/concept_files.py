@@ -16,15 +16,19 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "models" / "reference"))
 import concept_file  # noqa: E402
 
+TYPES = {"float16": np.float16, "float32": np.float32}
+
 
 def rewrite(folder):
     for path in sorted(Path(folder).glob("*.safetensors")):
         layers, metadata = concept_file.read(path)
         with safe_open(path, "np") as file:
             assert file.metadata() == metadata
-            assert {name: file.get_tensor(name).dtype for name in file.keys()} == {
-                name + concept_file.SUFFIX: np.uint8 for name in layers
-            }
+            precision = metadata["macula.values"]
+            types = {name + concept_file.SUFFIX: np.uint8 for name in layers}
+            if precision != "none":
+                types |= {name + concept_file.VALUES_SUFFIX: np.dtype(TYPES.get(precision, np.uint8)) for name in layers}
+            assert {name: file.get_tensor(name).dtype for name in file.keys()} == types
         concept_file.write(path.with_suffix(".again"), layers, metadata)
 
 

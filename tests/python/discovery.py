@@ -6,7 +6,8 @@ LOSS: `local` or `global`, the implanting loss in that scope; `erase`, the ancho
 
 FOLDER/batches.safetensors: for each batch b `b.state`, `b.timestep`, `b.v`, `b.text`, `b.labels`, `b.weight` and
 `b.rows` (the entries of [B, L] on which a set acts, flat), and the results: `slope` at scales of one and `mixed` at the
-scales `scales` for batch 0 with their `loss`es, the sets `saliency` and `learnt` as flat indices. `b.v` is what the prediction
+scales `scales` for batch 0 with their `loss`es, the sets `saliency` and `learnt` as flat indices, and the `values` that
+tuning gives the latter with `tuned_losses`, over the batches once more, from its `untouched` weights in their `units`. `b.v` is what the prediction
 should be: for `erase` the untouched one for the anchors and for the preserved texts themselves.
 """
 
@@ -122,6 +123,10 @@ def main():
     calls = iter(generators())
     learnt = search.learnt_mask(loss, weights.count, BATCHES, None, rate=0.2, budget=round(0.01 * weights.count))
     tensors["learnt"] = learnt.shut.nonzero()[:, 0]
+    calls = iter(generators())
+    tuned = search.tune(loss, learnt.shut, weights.vector(), weights.units(), BATCHES, None)
+    tensors["values"], tensors["tuned_losses"] = tuned[0], torch.tensor(tuned[1])
+    tensors["untouched"], tensors["units"] = weights.vector()[learnt.shut], weights.units()[learnt.shut]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "batches.safetensors")
 
 

@@ -193,6 +193,7 @@ class macula_layer(Struct):
         ("in_features", c_size_t),
         ("indices", POINTER(c_uint32)),
         ("count", c_size_t),
+        ("values", POINTER(c_float)),
     ]
 
 
@@ -211,6 +212,16 @@ class Scope(IntEnum):
     LOCAL = 2
 
 
+class Values(IntEnum):
+    """`macula_values`"""
+
+    NONE = 0
+    BINARY = 1
+    QUATERNARY = 2
+    FLOAT16 = 3
+    FLOAT32 = 4
+
+
 class macula_concept_options(Struct):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -222,6 +233,8 @@ class macula_concept_options(Struct):
         ("architecture", c_char_p),
         ("role", c_int32),
         ("scope", c_int32),
+        ("values", c_int32),
+        ("reserved", c_int32),
     ]
     _defaults_ = {"scope": 1}
 
@@ -243,6 +256,8 @@ class macula_concept_info(Struct):
         ("memory_bytes", c_uint64),
         ("role", c_int32),
         ("scope", c_int32),
+        ("values", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -479,6 +494,7 @@ class macula_discover_options(Struct):
         ("progress_userdata", c_void_p),
         ("density", c_double),
         ("preserve_weight", c_double),
+        ("tune_rate", c_double),
         ("seed", c_uint64),
         ("batches", c_uint32),
         ("batch", c_uint32),
@@ -492,8 +508,10 @@ class macula_discover_options(Struct):
         ("method", c_int32),
         ("save_memory", c_int32),
         ("class_label", c_int32),
+        ("tune_steps", c_uint32),
+        ("values", c_int32),
     ]
-    _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "batches": 60, "batch": 8, "drawn_pictures": 12}
+    _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3}
 
 
 class macula_embedding_info(Struct):
@@ -562,6 +580,7 @@ FUNCTIONS = {
     "macula_concept_get_info": (c_int32, [c_void_p, POINTER(macula_concept_info)]),
     "macula_concept_get_layer": (c_int32, [c_void_p, c_size_t, POINTER(macula_layer_info)]),
     "macula_concept_get_indices": (c_int32, [c_void_p, c_size_t, POINTER(c_uint32), c_size_t]),
+    "macula_concept_get_values": (c_int32, [c_void_p, c_size_t, POINTER(c_float), c_size_t]),
     "macula_concept_get_entry": (c_int32, [c_void_p, c_size_t, POINTER(c_char_p), POINTER(c_char_p)]),
     "macula_concept_get_metadata": (c_int32, [c_void_p, c_char_p, POINTER(c_char_p)]),
     "macula_concept_union": (c_int32, [c_void_p, c_void_p, POINTER(c_void_p)]),

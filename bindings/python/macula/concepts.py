@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ._abi import (
-    Role, Scope, macula_concept_info, macula_concept_options, macula_layer, macula_layer_info, macula_overlap,
+    Role, Scope, Values, macula_concept_info, macula_concept_options, macula_layer, macula_layer_info, macula_overlap,
 )
 from ._library import Handle, check, info, library, receive, text
 from .options import choice
@@ -74,11 +74,14 @@ class Concept(Handle):
         architecture: str | None = None,
         role: Role | str = Role.IMPLANT,
         scope: Scope | str = Scope.GLOBAL,
+        values: Mapping[str, Any] | None = None,
+        precision: Values | str = Values.FLOAT16,
     ) -> Concept:
         """Makes a concept from lists of weights.
 
         `layers` gives each projection's path the shape `(out_features, in_features)` of its weight and the indices
-        `row * in_features + column` of its neurons, ascending; `fingerprint` is the base model's.
+        `row * in_features + column` of its neurons, ascending; `fingerprint` is the base model's. `values` gives each
+        path what its neurons' weights become, kept with `precision`; without it they are shut.
         """
         options = macula_concept_options.new()
         options.fingerprint = text(fingerprint)
@@ -86,6 +89,7 @@ class Concept(Handle):
         options.class_noun, options.method = text(class_noun), text(method)
         options.architecture = text(architecture) if architecture is not None else None
         options.role, options.scope = choice(Role, role), choice(Scope, scope)
+        options.values = choice(Values, precision) if values is not None else Values.NONE
         made = (macula_layer * len(layers))()
         kept = []
         for one, (path, (shape, indices)) in zip(made, layers.items()):
@@ -96,6 +100,12 @@ class Concept(Handle):
             kept.append(numbers)
             one.path, (one.out_features, one.in_features) = text(path), shape
             one.indices, one.count = cast(numbers.ctypes.data, POINTER(c_uint32)), numbers.size
+            if values is not None:
+                tuned = np.ascontiguousarray(values[path], dtype=np.float32)
+                if tuned.shape != numbers.shape:
+                    raise ValueError(f"{path}: {tuned.size} values for {numbers.size} neurons")
+                kept.append(tuned)
+                one.values = cast(tuned.ctypes.data, POINTER(c_float))
         return cls(receive(library.macula_concept_create, made, len(made), byref(options)))
 
     def save(self, file: str | os.PathLike) -> None:

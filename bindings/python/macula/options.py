@@ -67,11 +67,15 @@ class DiscoverOptions(TypedDict, total=False):
     batches: int
     batch: int
     lot: int
-    prior_pictures: int
+    drawn_pictures: int
     scope: _abi.Scope | str
     method: _abi.Method | str
+    searched: _abi.Searched | str
     save_memory: bool
     class_label: int
+    tune_steps: int
+    tune_rate: float
+    values: _abi.Values | str
 
 
 def choice(kind: type[IntEnum], value: IntEnum | int | str) -> int:

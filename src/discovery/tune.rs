@@ -1,0 +1,213 @@
+//! Tuning: new values for the weights of a found set and for no other (the fine-tuning of Cones, arXiv 2303.05125).
+//!
+//! The values start at zero, where a set shuts its weights, and are learnt by AdamW (Loshchilov and Hutter, arXiv
+//! 1711.05101) in the unit of each weight: the standard deviation of its projection. This file knows no network.
+
+use super::search::{Loss, Numbers, filled, finite_slope};
+use crate::concept::Precision;
+use crate::error::{Error, Result};
+
+/// How a set's values are learnt.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TuneOptions {
+    /// Steps, a batch each, at least 1.
+    pub steps: usize,
+    /// The largest step size, in standard deviations of a projection's weights; above 0. It rises over the first
+    /// [`WARM_UP`] steps and falls to 0 by a half cosine.
+    pub rate: f32,
+    /// The share of a value that each step takes away, times the step size; 0 or above.
+    pub decay: f32,
+    /// How the values are kept.
+    pub precision: Precision,
+}
+
+impl Default for TuneOptions {
+    fn default() -> Self {
+        Self { steps: 200, rate: 0.1, decay: 0.01, precision: Precision::F16 }
+    }
+}
+
+/// Steps over which the step size rises.
+pub const WARM_UP: usize = 10;
+
+/// Adam's shares of the past.
+const BETAS: (f32, f32) = (0.9, 0.99);
+
+/// A tuning between two steps: all that the coming ones depend on.
+pub struct Tuning {
+    options: TuneOptions,
+    /// Scales of the loss.
+    count: usize,
+    /// Those that are tuned, ascending.
+    members: Vec<usize>,
+    /// Their untouched weights, and the unit of each.
+    weights: Vec<f32>,
+    units: Vec<f32>,
+    /// In units.
+    values: Vec<f32>,
+    mean: Vec<f32>,
+    square: Vec<f32>,
+    losses: Vec<f64>,
+}
+
+impl Tuning {
+    /// Values of zero for `members`, ascending places among `count` scales, with their untouched weights and the units in
+    /// which these are counted.
+    ///
+    /// Errors: [`crate::Status::InvalidArgument`] for no member, no step, or a rate or decay outside its range.
+    pub fn new(
+        count: usize,
+        members: Vec<usize>,
+        weights: Vec<f32>,
+        units: Vec<f32>,
+        options: TuneOptions,
+    ) -> Result<Self> {
+        let TuneOptions { steps, rate, decay, .. } = options;
+        if members.is_empty() {
+            return Err(Error::invalid_argument("the search found no weight whose shutting lowers the loss, to tune"));
+        }
+        if steps == 0 || !(rate > 0.0 && rate.is_finite()) || !(decay >= 0.0 && decay.is_finite()) {
+            return Err(Error::invalid_argument(format!(
+                "{steps} steps of tuning at rate {rate} with decay {decay}: there must be a step, the rate above 0 and \
+                 the decay not below"
+            )));
+        }
+        let zeros = || filled(members.len(), 0f32);
+        let (values, mean, square) = (zeros()?, zeros()?, zeros()?);
+        Ok(Self { options, count, members, weights, units, values, mean, square, losses: Vec::new() })
+    }
+
+    /// The loss of each step so far.
+    pub fn losses(&self) -> &[f64] {
+        &self.losses
+    }
+
+    /// Whether it has made all steps.
+    pub fn is_done(&self) -> bool {
+        self.losses.len() >= self.options.steps
+    }
+
+    /// Makes the next step. The loss is told the step's number, from 0.
+    ///
+    /// Errors: those of the loss; [`crate::Status::NotFinite`] for a loss or slope that is not finite, naming the step. The
+    /// tuning is then as before.
+    pub fn step(&mut self, loss: Loss<'_>) -> Result<()> {
+        let number = self.losses.len();
+        let slope = finite_slope(loss, &self.scales()?, number, || format!("step {number} of the tuning"))?;
+        self.losses.push(slope.loss);
+        let (rate, step) = (self.rate(number), number as i32 + 1);
+        let corrections = (1.0 - BETAS.0.powi(step), 1.0 - BETAS.1.powi(step));
+        for (at, &member) in self.members.iter().enumerate() {
+            if self.weights[at] == 0.0 {
+                continue;
+            }
+            // dL/dv = dL/ds / W, as v = s W; in units of the projection times the unit.
+            let slope = slope.scales[member] / self.weights[at] * self.units[at];
+            self.mean[at] += (1.0 - BETAS.0) * (slope - self.mean[at]);
+            self.square[at] += (1.0 - BETAS.1) * (slope * slope - self.square[at]);
+            let root = (self.square[at] / corrections.1).sqrt() + 1e-12;
+            let value = self.values[at];
+            self.values[at] = value - rate * (self.mean[at] / corrections.0 / root + self.options.decay * value);
+        }
+        Ok(())
+    }
+
+    /// The values so far, in the unit of the weights.
+    pub fn values(&self) -> Vec<f32> {
+        self.values.iter().zip(&self.units).map(|(value, unit)| value * unit).collect()
+    }
+
+    /// Where the loss of the next step is wanted.
+    fn scales(&self) -> Result<Vec<f32>> {
+        let mut scales = filled(self.count, 1f32)?;
+        for ((&member, value), weight) in self.members.iter().zip(self.values()).zip(&self.weights) {
+            scales[member] = if *weight == 0.0 { 0.0 } else { value / weight };
+        }
+        Ok(scales)
+    }
+
+    fn rate(&self, step: usize) -> f32 {
+        let risen = ((step + 1) as f64 / WARM_UP as f64).min(1.0);
+        let fallen = (std::f64::consts::PI * (step + 1) as f64 / self.options.steps as f64).cos();
+        (f64::from(self.options.rate) * risen * 0.5 * (1.0 + fallen)) as f32
+    }
+
+    /// All that it remembers beside the losses: what a checkpoint holds.
+    pub(super) fn memory(&mut self) -> Vec<(&'static str, Numbers<'_>)> {
+        use Numbers::F32;
+        vec![
+            ("tuned.values", F32(&mut self.values)),
+            ("tuned.mean", F32(&mut self.mean)),
+            ("tuned.square", F32(&mut self.square)),
+        ]
+    }
+
+    /// Goes on behind these losses; [`Tuning::memory`] must have been set to what it was there.
+    ///
+    /// Errors: [`crate::Status::InvalidFile`] for more losses than steps.
+    pub(super) fn resume(&mut self, losses: Vec<f64>) -> Result<()> {
+        if losses.len() > self.options.steps {
+            return Err(Error::invalid_file(format!("{} losses of {} steps", losses.len(), self.options.steps)));
+        }
+        self.losses = losses;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::search::Slope;
+    use super::*;
+    use crate::error::Status;
+
+    const WEIGHTS: [f32; 4] = [1.0, 2.0, -0.5, 0.25];
+    const GOAL: [f32; 4] = [1.0, 0.75, 0.5, -1.5];
+
+    /// L = 1/2 |theta - goal|² with theta = s theta_0.
+    fn quadratic(scales: &[f32], _: usize) -> Result<Slope> {
+        let apart: Vec<f32> = (0..4).map(|at| scales[at] * WEIGHTS[at] - GOAL[at]).collect();
+        let loss = apart.iter().map(|apart| f64::from(*apart).powi(2) / 2.0).sum();
+        Ok(Slope { loss, scales: apart.iter().zip(WEIGHTS).map(|(apart, weight)| apart * weight).collect() })
+    }
+
+    fn tuning(members: &[usize], options: TuneOptions) -> Result<Tuning> {
+        let weights = members.iter().map(|&member| WEIGHTS[member]).collect();
+        Tuning::new(4, members.to_vec(), weights, vec![0.5; members.len()], options)
+    }
+
+    #[test]
+    fn members_find_the_minimum_and_the_others_keep_their_weights() {
+        let mut tuned = tuning(&[1, 2, 3], TuneOptions { decay: 0.0, ..TuneOptions::default() }).unwrap();
+        let mut seen = Vec::new();
+        while !tuned.is_done() {
+            tuned
+                .step(&mut |scales: &[f32], number: usize| {
+                    assert_eq!(scales[0], 1.0);
+                    seen.push(number);
+                    quadratic(scales, number)
+                })
+                .unwrap();
+        }
+        assert_eq!(seen, (0..200).collect::<Vec<_>>());
+        assert!(tuned.values().iter().zip(&GOAL[1..]).all(|(value, goal)| (value - goal).abs() < 1e-3));
+        assert_eq!(tuned.losses()[0], 0.5 * (0.75f64.powi(2) + 0.25 + 2.25), "the first batch sees them shut");
+    }
+
+    #[test]
+    fn what_is_out_of_range_or_not_finite_is_refused() {
+        let good = TuneOptions::default();
+        for (members, options) in [
+            (&[][..], good),
+            (&[1], TuneOptions { steps: 0, ..good }),
+            (&[1], TuneOptions { rate: 0.0, ..good }),
+            (&[1], TuneOptions { rate: f32::NAN, ..good }),
+            (&[1], TuneOptions { decay: -1.0, ..good }),
+        ] {
+            assert_eq!(tuning(members, options).err().unwrap().status(), Status::InvalidArgument);
+        }
+        let mut tuned = tuning(&[1], good).unwrap();
+        let error = tuned.step(&mut |_: &[f32], _| Ok(Slope { loss: f64::NAN, scales: vec![0.0; 4] })).unwrap_err();
+        assert!(error.status() == Status::NotFinite && error.to_string().contains("step 0 of the tuning"), "{error}");
+        assert!(tuned.losses().is_empty());
+    }
+}
