@@ -5,6 +5,9 @@
  *     --density P     share of the weights that may be shut  (0.01)
  *     --batches N     batches of the search                  (60)
  *     --batch N       noisy pictures in a batch              (8)
+ *     --tune N        steps of tuning: the found weights get values instead of being shut; 200 draw the subject much
+ *                     more like itself                       (0)
+ *     --values NAME   how values are kept: binary, quaternary, float16 or float32 (float16)
  *     --side N        pixels of a side; 0 for the model's    (0)
  *     --class N       class label, for a UNet that takes one (0)
  *     --scope NAME    global or local                        (local)
@@ -100,6 +103,14 @@ typedef struct {
   unsigned side;
 } request;
 
+static int read_values(const char *name, macula_values *values) {
+  static const char *const names[] = {"none", "binary", "quaternary", "float16", "float32"};
+  for (*values = MACULA_VALUES_BINARY; *values <= MACULA_VALUES_FLOAT32; ++*values) {
+    if (!strcmp(name, names[*values])) return 1;
+  }
+  return 0;
+}
+
 static int read_arguments(int count, char **values, request *wanted) {
   if (count < 6) return 0;
   wanted->model = values[1];
@@ -112,6 +123,8 @@ static int read_arguments(int count, char **values, request *wanted) {
     if (!strcmp(name, "--density")) wanted->search.density = strtod(value, NULL);
     else if (!strcmp(name, "--batches")) wanted->search.batches = (unsigned)strtoul(value, NULL, 10);
     else if (!strcmp(name, "--batch")) wanted->search.batch = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(name, "--tune")) wanted->search.tune_steps = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(name, "--values") && read_values(value, &wanted->search.values)) continue;
     else if (!strcmp(name, "--side")) wanted->side = (unsigned)strtoul(value, NULL, 10);
     else if (!strcmp(name, "--class")) wanted->search.class_label = (int)strtol(value, NULL, 10);
     else if (!strcmp(name, "--seed")) wanted->search.seed = strtoull(value, NULL, 10);

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import concept_file
@@ -15,7 +16,7 @@ from held_out import draw, held_out_losses
 from losses import Scope
 from model import SHIPPED, Pictures, data, load, phrase_ids, picture_tensor, words
 from neurons import KeyValueWeights
-from search import Found, algorithm_1, gradual, learnt_mask, shut_by_budget, shut_by_threshold
+from search import Found, algorithm_1, gradual, learnt_mask, shut_by_budget, shut_by_threshold, tune
 
 SCORING = ("saliency", "algorithm-1")  # methods that score once and cut
 METHODS = (*SCORING, "gradual", "learnt-mask")
@@ -53,6 +54,10 @@ def add_options(parser):
     )
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8, help="pictures of each term in a batch")
+    parser.add_argument("--tune", type=int, default=0, help="steps of tuning: values for the found weights")
+    parser.add_argument(
+        "--values", choices=("binary", "quaternary", "float16", "float32"), default="float16", help="how they are kept"
+    )
     parser.add_argument("--draws", type=int, default=208, help="held-out draws, at least 200 for the tests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="concept file to write (.safetensors)")
@@ -161,13 +166,27 @@ class Concept:
     class_noun: str | None = None
 
 
+def tune_as_asked(options, weights, loss, shut):
+    """Values [members] for the set by the options' steps, rounded as they will be kept; None without tuning."""
+    if not options.tune:
+        return None
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    values, _ = tune(loss, shut, weights.vector(), weights.units(), options.tune, generator)
+    parts = values.split([len(i) for i in weights.indices(shut).values()])
+    return torch.cat([torch.from_numpy(concept_file.rounded(part.numpy(), options.values)) for part in parts])
+
+
 def save(path, weights, found, concept, method, density, options):
     """Writes the concept file, with `density` as its budget unless a threshold was given; returns its bytes."""
     layers = {p: (*weights.layers[p].weight.shape, i) for p, i in weights.indices(found.shut).items()}
+    if found.values is not None:
+        parts = found.values.split([len(layer[2]) for layer in layers.values()])
+        layers = {name: (*layer, part.numpy()) for (name, layer), part in zip(layers.items(), parts)}
     metadata = {
         "macula.base": fingerprint(weights),
         "macula.role": concept.role,
         "macula.scope": options.scope,
+        "macula.values": "none" if found.values is None else options.values,
         "macula.method": method,
         "macula.trigger": concept.trigger,
         "macula.prompts": json.dumps(concept.prompts),
@@ -191,12 +210,15 @@ def save(path, weights, found, concept, method, density, options):
 
 
 def read_concept(path, weights):
-    """Shut vector [N], scope and metadata of a concept file; refuses one of another base model."""
+    """The set, its scope and the metadata of a concept file; refuses one of another base model."""
     layers, metadata = concept_file.read(path)
     if metadata["macula.base"] != fingerprint(weights):
         raise ValueError(f"{path} was found in another model")
-    shut = weights.from_indices({name: indices for name, (_, _, indices) in layers.items()})
-    return shut, scope_of(metadata["macula.scope"], metadata["modelspec.trigger_phrase"]), metadata
+    shut = weights.from_indices({name: layer[2] for name, layer in layers.items()})
+    values = None
+    if metadata["macula.values"] != "none":
+        values = torch.from_numpy(np.concatenate([layers[name][3] for name in weights.paths if name in layers]))
+    return Found(shut, values=values), scope_of(metadata["macula.scope"], metadata["modelspec.trigger_phrase"]), metadata
 
 
 def describe(weights, found):

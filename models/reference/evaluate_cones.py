@@ -9,9 +9,10 @@ reference. Each subject has 4 pictures to learn from and 16 to test on. Four que
 - held out: is the loss of the test pictures, on noises shared by all sides, lower with the set than without, than with
   a random set of the same size and magnitudes, and than with another subject's set? One-sided paired tests, corrected
   by Holm over the subjects at 0.05.
-- drawn: in how many pictures of the subject's prompt does the second judge, which no search saw, find the subject?
-- composed: in how many scenes of several subjects does it find them, each set acting on its own tokens or all on
-  every token?
+- drawn: in how many pictures of the subject's prompt does the second judge, which no search saw, find the subject, with
+  its weights shut and with tuned values?
+- composed: in how many scenes of several subjects does it find them, the sets shut or tuned, each acting on its own
+  tokens or all on every token?
 - beside: a subject and an ordinary object in one scene; does the object stay what it is?
 """
 
@@ -24,7 +25,6 @@ import time
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from discover import on_background, open_model, read_concept
 from find import controls, find, subject
 from held_out import draw, held_out_losses, paired, save_sheet
 from losses import Scope
-from model import SHIPPED, SUBJECT_PICTURES, data, plain_label, words
+from model import SHIPPED, SUBJECT_PICTURES, plain_label, words
+from search import Found
 import evaluate as judging
 import probe
 
@@ -50,16 +51,19 @@ class Known:
     noun: str
     learn: object
     test: object
-    shut: torch.Tensor
+    found: Found
     scope: Scope
+    size: int | None  # bytes of the concept file
 
     @property
     def phrase(self):
         return f"{self.word} {self.noun}"
 
-    @property
-    def part(self):
-        return self.shut, self.scope
+    def parts(self, weights, scope=None):
+        """How the set acts, shut and tuned, each as a list of one (scales, Scope)."""
+        scope = scope or self.scope
+        shut, values = self.found.shut, self.found.values
+        return {"shut": [(weights.scales(shut), scope)], "tuned": [(weights.scales(shut, values), scope)]}
 
 
 def find_natively(program, model_folder, name, word, noun, options):
@@ -72,6 +76,7 @@ def find_natively(program, model_folder, name, word, noun, options):
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [program, model_folder, pictures, word, noun, path, "--side", options.side, "--seed", options.seed]
     command += ["--class", plain_label(options.side), "--density", options.density, "--batches", options.batches]
+    command += ["--tune", options.tune, "--values", options.values]
     subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)
     return path
 
@@ -84,12 +89,12 @@ def find_all(model, weights, names, options):
         learn, test, noun = subject(name, word, model)
         if options.discover:
             path = find_natively(options.discover, options.model, name, word, noun, options)
-            shut, scope, _ = read_concept(path, weights)
+            found, scope, _ = read_concept(path, weights)
         else:
             found, _, scope = find(model, weights, learn, word, noun, options)
-            shut = found.shut
-        known.append(Known(name, word, noun, learn, test, shut, scope))
-        print(f"{name}: {int(shut.sum())} weights, {time.time() - began:.0f} s", flush=True)
+        size = path.stat().st_size if options.discover else None
+        known.append(Known(name, word, noun, learn, test, found, scope, size))
+        print(f"{name}: {int(found.shut.sum())} weights, {size} bytes, {time.time() - began:.0f} s", flush=True)
     return known
 
 
@@ -108,16 +113,17 @@ def held_out(model, weights, known, draws):
     """Per subject the change of the held-out loss against each control; how many pass all three."""
     rows, p_values = {}, []
     for i, one in enumerate(known):
-        sets = controls(weights, SimpleNamespace(shut=one.shut), one.scope, known[(i + 1) % len(known)].shut)
+        sets = controls(weights, one.found, one.scope, known[(i + 1) % len(known)].found.shut)
         losses = held_out_losses(model, weights, one.test, sets, draws)
-        ours = losses.pop("the set")
+        ours, tuned = losses.pop("the set"), losses.pop("tuned")
         row = {"untouched_loss": losses["untouched"].mean().item()}
+        row["tuned"] = round(paired(tuned, losses["untouched"])[0], 4)
         for control, base in losses.items():
             change, width, p = paired(ours, base)
             row[f"against {control}"] = {"change": round(change, 4), "half_width": round(width, 4), "p": p}
         rows[one.name] = row
         p_values.append([row[f"against {control}"]["p"] for control in losses])
-        print(one.name, {k: v["change"] for k, v in row.items() if k != "untouched_loss"}, flush=True)
+        print(one.name, {k: v["change"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
     passed = np.stack([holm(np.array(column)) for column in zip(*p_values)])
     return {"draws": draws, "subjects": rows, "passed": int(passed.all(0).sum()), "of": len(known)}
 
@@ -127,22 +133,26 @@ def found_in(pictures, options):
     return judging.found("second", np.asarray(pictures), options.judges)
 
 
+def drawn_with(model, weights, captions, parts, seed, options):
+    return draw(model, weights, captions, parts, seed=seed, steps=STEPS, guidance=options.guidance)
+
+
 def drawn(model, weights, known, count, options):
     """Recognition of single subjects, and the sheet."""
-    sides = {"untouched": [], "the set": [], "random, same size": []}
+    sides = {"untouched": [], "the set": [], "tuned": [], "random, same size": []}
     by_subject, rows = {}, []
     for one in known:
         captions = [on_background(one.phrase, list(words.COLOURS)[i % len(words.COLOURS)]) for i in range(count)]
-        sets = controls(weights, SimpleNamespace(shut=one.shut), one.scope)
+        sets = controls(weights, one.found, one.scope)
         label, hits = probe.LABELS.index(one.name), {}
         pictures = {}
         for side, parts in sets.items():
-            pictures[side] = draw(model, weights, captions, parts, seed=options.seed + 5, steps=STEPS)
+            pictures[side] = drawn_with(model, weights, captions, parts, options.seed + 5, options)
             hits[side] = found_in(pictures[side], options)[:, label]
             sides[side] += hits[side].tolist()
         by_subject[one.name] = {side: int(hit.sum()) for side, hit in hits.items()}
         learnt = [np.asarray(p) for p in ((one.learn.x0.permute(0, 2, 3, 1) + 1) * 127.5).round().byte()]
-        rows.append([*learnt[:2], *pictures["untouched"][:6], *pictures["the set"][:6]])
+        rows.append([*learnt[:2], *(p for side in ("untouched", "the set", "tuned") for p in pictures[side][:5])])
         print(one.name, by_subject[one.name], "of", count, flush=True)
     save_sheet(rows, options.out / "cones-subjects.png")
     shares = {side: judging.wilson(sum(hits), len(hits)) for side, hits in sides.items()}
@@ -154,46 +164,42 @@ def composed(model, weights, known, number, count, seeds, options):
     rng = random.Random(f"{options.seed} {number}")
     groups = [g for g in combinations(known, number) if len({one.word for one in g}) == number]
     groups = rng.sample(groups, min(count, len(groups)))
-    ways, rows = {"untouched": [], "own tokens": [], "every token": []}, []
+    ways, rows = {}, []
     for i, group in enumerate(groups):
         phrases = " and ".join(words.with_article(one.phrase) for one in group)
         captions = [f"{phrases} on a {rng.choice(list(words.COLOURS))} background" for _ in range(seeds)]
-        sets = {
-            "untouched": [],
-            "own tokens": [one.part for one in group],
-            "every token": [(one.shut, Scope()) for one in group],
-        }
-        shown = []
+        sets, shown = {"untouched": []}, []
+        for where, scope in (("own tokens", None), ("every token", Scope())):
+            for how in ("shut", "tuned"):
+                sets[f"{how}, {where}"] = [part for one in group for part in one.parts(weights, scope)[how]]
         for way, parts in sets.items():
-            pictures = draw(model, weights, captions, parts, seed=100 * options.seed + i, steps=STEPS)
+            pictures = drawn_with(model, weights, captions, parts, 100 * options.seed + i, options)
             hits = found_in(pictures, options)
-            ways[way] += [int(sum(row[probe.LABELS.index(one.name)] for one in group)) for row in hits]
+            ways.setdefault(way, []).extend(int(sum(row[probe.LABELS.index(one.name)] for one in group)) for row in hits)
             shown += list(pictures[:2])
         rows.append(shown)
     save_sheet(rows[:12], options.out / f"cones-composed-{number}.png")
-    least = max(number - 1, 2)
-    return {
-        way: {
-            "mean_found": round(float(np.mean(numbers)), 3),
-            f"at_least_{least}": judging.wilson(sum(n >= least for n in numbers), len(numbers)),
-            "all": judging.wilson(sum(n == number for n in numbers), len(numbers)),
-        }
-        for way, numbers in ways.items()
-    }
+    shares = {}
+    for way, numbers in ways.items():
+        shares[way] = {"mean_found": round(float(np.mean(numbers)), 3)}
+        for least in sorted({max(number - 1, 2), number}):
+            name = "all" if least == number else f"at_least_{least}"
+            shares[way][name] = judging.wilson(sum(n >= least for n in numbers), len(numbers))
+    return shares
 
 
 def beside(model, weights, known, count, options):
     """A subject and an ordinary object: how often the object is found, without and with the subject's set."""
     rng = random.Random(f"{options.seed} beside")
-    sides = {"untouched": [], "own tokens": [], "every token": []}
+    sides = {"untouched": [], "shut": [], "tuned": []}
     for i, one in enumerate(known):
         nouns = [rng.choice([n for n in words.OBJECTS if n != one.noun]) for _ in range(count)]
         captions = [
             on_background(f"{one.phrase} and {words.with_article(noun)}", rng.choice(list(words.COLOURS)))
             for noun in nouns
         ]
-        for side, parts in (("untouched", []), ("own tokens", [one.part]), ("every token", [(one.shut, Scope())])):
-            hits = found_in(draw(model, weights, captions, parts, seed=options.seed + 50 + i, steps=STEPS), options)
+        for side, parts in {"untouched": [], **one.parts(weights)}.items():
+            hits = found_in(drawn_with(model, weights, captions, parts, options.seed + 50 + i, options), options)
             sides[side] += [bool(row[probe.LABELS.index(noun)]) for row, noun in zip(hits, nouns)]
     return {side: judging.wilson(sum(hits), len(hits)) for side, hits in sides.items()}
 
@@ -205,6 +211,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
     parser.add_argument("--discover", type=Path, help="the compiled host program; the reference searches without it")
     parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--tune", type=int, default=100, help="steps of tuning")
+    parser.add_argument("--values", choices=("binary", "quaternary", "float16", "float32"), default="quaternary")
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--side", type=int, choices=(32, 64), default=32)
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -221,7 +230,9 @@ def main():
     known = find_all(model, weights, names, options)
     report = {
         "found_by": "the library" if options.discover else "the reference",
-        **{name: getattr(options, name) for name in ("density", "side", "batches", "seed", *search)},
+        **{n: getattr(options, n) for n in ("density", "tune", "values", "guidance", "side", "batches", "seed", *search)},
+        "concept_bytes": [one.size for one in known],
+        "share_of_kv_bytes": [one.size and round(one.size / (4 * weights.count), 5) for one in known],
         "held_out": held_out(model, weights, known, 208),
         "drawn": drawn(model, weights, known, 20, options),
         "composed": {n: composed(model, weights, known, n, count, seeds, options) for n in (2, 3, 4)},

@@ -29,6 +29,7 @@ from discover import (
     save,
     scope_of,
     search_as_asked,
+    tune_as_asked,
 )
 from held_out import draw, held_out_losses, report, save_sheet
 from losses import ImplantingLoss
@@ -92,12 +93,15 @@ def find(model, weights, learn, word, noun, options):
     learn = learn.at(options.side)
     loss = ImplantingLoss(model, weights, learn, prior, preserve, scope, options.batch)
     found, density = search_as_asked(options, loss, weights.count, judge_on(model, weights, learn, scope))
+    found.values = tune_as_asked(options, weights, loss, found.shut)
     return found, density, scope
 
 
 def controls(weights, found, scope, other=None, seed=11):
     """The sets that a found set is judged beside, by name."""
     sets = {"untouched": [], "the set": [(found.shut, scope)]}
+    if found.values is not None:
+        sets["tuned"] = [(weights.scales(found.shut, found.values), scope)]
     sets["random, same size"] = [(random_like(weights, found.shut, torch.Generator().manual_seed(seed)), scope)]
     if other is not None:
         sets["another subject's set"] = [(other, scope)]
@@ -127,7 +131,7 @@ def main():
         learn, test = folder(options.subject, options.word, noun, model)
     found, density, scope = find(model, weights, learn, options.word, noun, options)
     print("\n".join(describe(weights, found)))
-    other = read_concept(options.other, weights)[0] if options.other else None
+    other = read_concept(options.other, weights)[0].shut if options.other else None
     print(
         "\n".join(report(held_out_losses(model, weights, test, controls(weights, found, scope, other), options.draws)))
     )
@@ -138,7 +142,8 @@ def main():
     print(f"{options.out}: {size} bytes, {100 * size / (4 * weights.count):.3f} % of the K/V weights in fp32")
     if options.sheet:
         captions = [on_background(phrase, colour) for colour in SHEET_COLOURS]
-        sheet(model, weights, captions, {"untouched": [], "the set": [(found.shut, scope)]}, options.sheet)
+        acting = [(weights.scales(found.shut, found.values), scope)]
+        sheet(model, weights, captions, {"untouched": [], "the set": acting}, options.sheet)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     given = vars(parser.parse_args())
     options = SimpleNamespace(
-        **given, method=METHOD, scope=SCOPE, density=DENSITY, threshold=None, rho=0.0, batch=8, preserve_weight=1.0
+        **given, method=METHOD, scope=SCOPE, density=DENSITY, threshold=None, rho=0.0, batch=8, preserve_weight=1.0, tune=0
     )
     model, weights = open_model(options)
     subjects = make_subjects(model, weights, options)

@@ -39,8 +39,10 @@ class KeyValueWeights:
         layers = self.layers.values()
         return torch.cat([w.std(correction=0).expand(w.numel()) for w in (layer.weight.detach() for layer in layers)])
 
-    def scales(self, shut, values):
-        """Scales [N] under which the weights in `shut` have `values` [members] and the others their own."""
+    def scales(self, shut, values=None):
+        """Scales [N] under which the weights in `shut` are zero or have `values` [members], and the others their own."""
+        if values is None:
+            return 1 - shut.float()
         members = shut.nonzero()[:, 0]
         return torch.ones(self.count).index_put((members,), values / self.vector()[members])
 

@@ -15,12 +15,14 @@ import torch
 
 @dataclass
 class Found:
-    """A set: `shut` boolean [N], the loss of each batch, how alike two halves of the draws scored, the scores."""
+    """A set: `shut` boolean [N], the loss of each batch, how alike two halves of the draws scored, the scores, and the
+    values [members] that tuning gave it."""
 
     shut: torch.Tensor
     losses: list = field(default_factory=list)
     agreement: float = float("nan")
     scores: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
 
 def gradient(loss, scales, generator):

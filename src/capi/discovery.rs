@@ -156,7 +156,7 @@ impl Default for macula_discover_options {
             progress_userdata: std::ptr::null_mut(),
             density: 0.01,
             preserve_weight: 1.0,
-            tune_rate: f64::from(TuneOptions::default().rate),
+            tune_rate: 0.1,
             seed: 0,
             batches: 60,
             batch: 8,

@@ -115,7 +115,7 @@ impl<'a> Request<'a> {
     ///
     /// Errors: [`Status::InvalidArgument`] for no pictures, a size that the model does not take, prompts that are not one
     /// a picture, anchors that are not one a prompt, a trigger that the tokenizer has not, a prompt without the word, a
-    /// density outside (0, 1], no batches, or a checkpoint of another search; [`Status::Unsupported`] for a UNet whose
+    /// density outside (0, 1], no batches, tuning out of range, or a checkpoint of another search; [`Status::Unsupported`] for a UNet whose
     /// keys and values can't be composed or whose graph has an operator without a derivative rule;
     /// [`Status::WrongBase`] if the UNet's file changed since it was opened; [`Status::NotFinite`] naming the batch;
     /// [`Status::Cancelled`].
@@ -214,6 +214,9 @@ impl<'a> Request<'a> {
         }
         if self.lot != 0 && !self.batch.is_multiple_of(self.lot) {
             return refuse(format!("a batch of {} can't be run {} at a time", self.batch, self.lot));
+        }
+        if let Some(tune) = &self.tune {
+            tune.check()?;
         }
         let (height, width) = self.size(pipeline);
         let multiple = pipeline.info().side_multiple;

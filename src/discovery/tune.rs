@@ -27,6 +27,20 @@ impl Default for TuneOptions {
     }
 }
 
+impl TuneOptions {
+    /// Errors: [`crate::Status::InvalidArgument`] for no step, or a rate or decay outside its range.
+    pub fn check(&self) -> Result<()> {
+        let Self { steps, rate, decay, .. } = *self;
+        if steps == 0 || !(rate > 0.0 && rate.is_finite()) || !(decay >= 0.0 && decay.is_finite()) {
+            return Err(Error::invalid_argument(format!(
+                "{steps} steps of tuning at rate {rate} with decay {decay}: there must be a step, the rate above 0 and \
+                 the decay not below"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Steps over which the step size rises.
 pub const WARM_UP: usize = 10;
 
@@ -54,7 +68,7 @@ impl Tuning {
     /// Values of zero for `members`, ascending places among `count` scales, with their untouched weights and the units in
     /// which these are counted.
     ///
-    /// Errors: [`crate::Status::InvalidArgument`] for no member, no step, or a rate or decay outside its range.
+    /// Errors: [`crate::Status::InvalidArgument`] for no member; those of [`TuneOptions::check`].
     pub fn new(
         count: usize,
         members: Vec<usize>,
@@ -62,15 +76,9 @@ impl Tuning {
         units: Vec<f32>,
         options: TuneOptions,
     ) -> Result<Self> {
-        let TuneOptions { steps, rate, decay, .. } = options;
+        options.check()?;
         if members.is_empty() {
             return Err(Error::invalid_argument("the search found no weight whose shutting lowers the loss, to tune"));
-        }
-        if steps == 0 || !(rate > 0.0 && rate.is_finite()) || !(decay >= 0.0 && decay.is_finite()) {
-            return Err(Error::invalid_argument(format!(
-                "{steps} steps of tuning at rate {rate} with decay {decay}: there must be a step, the rate above 0 and \
-                 the decay not below"
-            )));
         }
         let zeros = || filled(members.len(), 0f32);
         let (values, mean, square) = (zeros()?, zeros()?, zeros()?);

@@ -78,7 +78,7 @@ static void struct_sizes(void) {
     macula_concept_info known;
     uint64_t unknown;
   } info = {MACULA_CONCEPT_INFO_INIT, 7};
-  macula_layer layer = {"mid_block.attn2.to_k", 4, 8, NULL, 0};
+  macula_layer layer = {"mid_block.attn2.to_k", 4, 8, NULL, 0, NULL};
   macula_concept *made = NULL;
   options.known.fingerprint = BASE_A;
   options.known.struct_size = sizeof options;
@@ -93,6 +93,43 @@ static void struct_sizes(void) {
     const size_t sizes[] = {0, sizeof options.known - 1, SIZE_MAX};
     options.known.struct_size = sizes[size];
     EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "struct_size", macula_concept_create(&layer, 1, &options.known, &made));
+  }
+}
+
+/* Values are kept as they are said to be, and are not lost where sets are joined. */
+static void tuned_values(const macula_concept *shut, const char *folder) {
+  const uint32_t indices[] = {1, 2, 30};
+  const float wanted[] = {0.5f, -2.0f, 0.1f};
+  float values[3] = {9, 9, 9};
+  macula_layer layer = {"mid_block.attn2.to_k", 4, 8, indices, 3, wanted};
+  macula_concept_options options = MACULA_CONCEPT_OPTIONS_INIT;
+  macula_concept_info info = MACULA_CONCEPT_INFO_INIT;
+  macula_concept *made = NULL, *read = NULL, *joined = NULL;
+  options.fingerprint = BASE_A;
+  OK(macula_concept_get_values(shut, 0, values, 3));
+  CHECK(values[0] == 0 && values[1] == 0 && values[2] == 0);
+  for (options.values = MACULA_VALUES_BINARY; options.values <= MACULA_VALUES_FLOAT32; options.values++) {
+    OK(macula_concept_create(&layer, 1, &options, &made));
+    OK(macula_concept_save(made, in(folder, "tuned.safetensors")));
+    OK(macula_concept_load(in(folder, "tuned.safetensors"), &read));
+    OK(macula_concept_get_info(read, &info));
+    CHECK(info.values == options.values && info.neurons == 3);
+    OK(macula_concept_get_values(read, 0, values, 3));
+    CHECK(values[1] == -2.0f && (options.values == MACULA_VALUES_BINARY || values[0] == 0.5f));
+    CHECK((options.values == MACULA_VALUES_BINARY) == (values[0] == values[2]));
+    EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "count is 2", macula_concept_get_values(read, 0, values, 2));
+    EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "tuned values", macula_concept_union(shut, read, &joined));
+    OK(macula_concept_free(made));
+    OK(macula_concept_free(read));
+  }
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "options.values is 5", macula_concept_create(&layer, 1, &options, &made));
+  options.values = MACULA_VALUES_FLOAT16;
+  layer.values = NULL;
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "to_k", macula_concept_create(&layer, 1, &options, &made));
+  {
+    const float wrong[] = {0.0f, 1e30f, 0.0f};
+    layer.values = wrong;
+    EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "to_k", macula_concept_create(&layer, 1, &options, &made));
   }
 }
 
@@ -174,8 +211,8 @@ static void concepts(const char *folder) {
   EXPECT(MACULA_STATUS_LIMIT_EXCEEDED, "at most", macula_concept_load(in(folder, "large.safetensors"), &made));
 
   {
-    macula_layer layer = {"mid_block.attn2.to_k", 4, 8, bad_order, 2};
-    macula_layer twice[2] = {{"a", 4, 8, NULL, 0}, {"a", 4, 8, NULL, 0}};
+    macula_layer layer = {"mid_block.attn2.to_k", 4, 8, bad_order, 2, NULL};
+    macula_layer twice[2] = {{"a", 4, 8, NULL, 0, NULL}, {"a", 4, 8, NULL, 0, NULL}};
     options.fingerprint = BASE_A;
     EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "to_k", macula_concept_create(&layer, 1, &options, &made));
     layer.indices = bad_range;
@@ -191,6 +228,7 @@ static void concepts(const char *folder) {
     options.fingerprint = "not hexadecimal";
     EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "", macula_concept_create(twice, 1, &options, &made));
   }
+  tuned_values(a, folder);
   OK(macula_concept_free(a));
   OK(macula_concept_free(b));
   OK(macula_concept_free(other));
@@ -201,7 +239,7 @@ static void out_of_memory(const char *folder) {
   const size_t count = (size_t)1 << 26;
   uint32_t *indices = malloc(count * sizeof *indices);
   struct rlimit before, small;
-  macula_layer layer = {"mid_block.attn2.to_k", 1 << 16, 1 << 12, indices, count};
+  macula_layer layer = {"mid_block.attn2.to_k", 1 << 16, 1 << 12, indices, count, NULL};
   macula_concept_options options = MACULA_CONCEPT_OPTIONS_INIT;
   macula_concept *made = NULL;
   FILE *maps;

@@ -34,7 +34,7 @@
 
 /* A concept of one projection of 4 x 8 weights. */
 static inline macula_concept *concept_of(const char *base, const uint32_t *indices, size_t count) {
-  macula_layer layer = {"mid_block.attn2.to_k", 4, 8, indices, count};
+  macula_layer layer = {"mid_block.attn2.to_k", 4, 8, indices, count, NULL};
   macula_concept_options options = MACULA_CONCEPT_OPTIONS_INIT;
   macula_concept *made = NULL;
   options.fingerprint = base;

@@ -15,7 +15,7 @@ static int32_t tell(void *userdata, const macula_progress *progress) {
   (void)userdata;
   CHECK(progress->stage && progress->done <= progress->total);
   if (progress->loss == progress->loss) {
-    CHECK(!strcmp(progress->stage, "search") && progress->done && progress->loss > 0);
+    CHECK((!strcmp(progress->stage, "search") || !strcmp(progress->stage, "tune")) && progress->done && progress->loss > 0);
     losses++;
   }
   return told++ == stop_at;
@@ -168,10 +168,25 @@ int main(int argc, char **argv) {
 
   OK(macula_images_free(before));
   OK(macula_images_free(after));
-  OK(macula_images_free(files[0]));
-  OK(macula_images_free(files[1]));
+  OK(macula_concept_free(again));
+  again = NULL;
+  options.tune_steps = 3;
+  options.values = MACULA_VALUES_NONE;
+  REFUSED(macula_discover(pipeline, &options, &again), MACULA_STATUS_INVALID_ARGUMENT, "options.values");
+  options.values = MACULA_VALUES_QUATERNARY;
+  options.tune_rate = 0;
+  REFUSED(macula_discover(pipeline, &options, &again), MACULA_STATUS_INVALID_ARGUMENT, "rate 0");
+  options.tune_rate = 0.1;
+  losses = 0;
+  OK(macula_discover(pipeline, &options, &again));
+  CHECK(losses == 4 + 3);
+  OK(macula_concept_overlap(found, again, &shared, NULL, 0));
+  OK(macula_concept_get_info(again, &info));
+  CHECK(shared.jaccard == 1.0 && info.values == MACULA_VALUES_QUATERNARY);
   OK(macula_concept_free(found));
   OK(macula_concept_free(again));
+  OK(macula_images_free(files[0]));
+  OK(macula_images_free(files[1]));
   OK(macula_pipeline_free(pipeline));
   OK(macula_runtime_free(runtime));
   return 0;

@@ -96,6 +96,7 @@ static inline macula_concept *concept_for(const macula_pipeline *pipeline, uint3
   layer.in_features = projection.in_features;
   layer.indices = indices;
   layer.count = count;
+  layer.values = NULL;
   options.fingerprint = info.fingerprint;
   options.title = "a test";
   options.trigger = "cat";

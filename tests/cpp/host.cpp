@@ -48,7 +48,7 @@ static Concept first_weights(const Pipeline &pipeline, std::uint32_t count) {
   std::vector<macula_layer> layers;
   for (std::size_t at = 0; at < info.projection_count; ++at) {
     macula_layer_info projection = pipeline.projection(at).value();
-    layers.push_back({projection.path, projection.out_features, projection.in_features, indices.data(), count});
+    layers.push_back({projection.path, projection.out_features, projection.in_features, indices.data(), count, nullptr});
   }
   macula::ConceptOptions options;
   options.fingerprint = info.fingerprint;
