@@ -20,7 +20,7 @@ CATEGORY = "macula"
 
 @dataclass(frozen=True)
 class Shut:
-    """Weights to take away: a concept's, by a share of 0 to 1, to draw its subject or to erase it."""
+    """Weights to shut, or to give their tuned values: a concept's, by a share of 0 to 1, to draw or to erase its subject."""
 
     concept: macula.Concept
     strength: float
@@ -128,6 +128,8 @@ def describe(concept, other=None):
     yield f"{concept.title or 'a concept'}: {concept.trigger} {concept.class_noun}".rstrip()
     yield f"{'erases' if concept.role == macula.Role.ERASE else 'draws'} its subject, scope {concept.scope.name.lower()}"
     yield f"{concept.neurons:,} of {concept.weights:,} weights ({concept.density:.3%}), {concept.memory_bytes:,} bytes"
+    if concept.precision is not macula.Values.NONE:
+        yield f"tuned values, {concept.precision.name.lower()}"
     yield f"base model {concept.fingerprint[:12]}, {concept.architecture}"
     if other is not None:
         common = concept.overlap(other)

@@ -136,21 +136,24 @@ class FindConceptNeurons:
                 "batches": ("INT", {"default": 60, "min": 13, "max": 10000}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
             },
+            "optional": {"tune_steps": ("INT", {"default": 0, "min": 0, "max": 10000})},
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
-    def find(self, model, pictures, trigger, class_noun, density, batches, seed, unique_id=None):
+    def find(self, model, pictures, trigger, class_noun, density, batches, seed, tune_steps=0, unique_id=None):
         unet = onnx_unet(model)
         if unet is None:
             raise ValueError("concept neurons are found on a model of Load Macula UNet (ONNX)")
-        bar = comfy.utils.ProgressBar(batches, node_id=unique_id)
+        bar = comfy.utils.ProgressBar(batches + tune_steps, node_id=unique_id)
 
         def progress(now):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(now.done, now.total)
+            behind = batches if now.stage == "tune" else 0
+            bar.update_absolute(behind + now.done, batches + tune_steps)
 
         concept = unet.pipeline.discover(
-            to_bytes(pictures), trigger, class_noun, density=density, batches=batches, seed=seed, progress=progress
+            to_bytes(pictures), trigger, class_noun, density=density, batches=batches, seed=seed,
+            tune_steps=tune_steps, progress=progress,
         )
         return (concept,)
 

@@ -1,4 +1,4 @@
-"""Concepts on torch weights: the same weights are shut in ComfyUI's own UNet that Macula shuts in an ONNX one."""
+"""Concepts on torch weights: the same weights are shut or replaced in ComfyUI's own UNet as Macula does in an ONNX one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 
 
-class ShutWeights(WeightAdapterBase):
-    """Multiplies chosen entries of a weight `[out_features, in_features]` by `1 - strength`.
+class ChangedWeights(WeightAdapterBase):
+    """Moves chosen entries of a weight `[out_features, in_features]` by `strength` towards their values: 0 where shut.
 
     It acts where it stands in the list of patches: on the base weight with the LoRAs before it.
     """
@@ -17,19 +17,19 @@ class ShutWeights(WeightAdapterBase):
 
     def __init__(self, loaded_keys, weights):
         self.loaded_keys = loaded_keys
-        #: Flat indices of the entries, and the shape that they count in.
+        #: Flat indices of the entries, what they become, and the shape that the indices count in.
         self.weights = weights
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        indices, shape = self.weights
+        indices, values, shape = self.weights
         if tuple(weight.shape) != tuple(shape):
             raise ValueError(f"{key} is {list(weight.shape)}, the concept was found on {list(shape)}")
         entries = indices.to(weight.device)
         flat = weight.reshape(-1)
-        flat[entries] = flat[entries] * (1.0 - strength)
+        flat[entries] = flat[entries] * (1.0 - strength) + values.to(weight.device, weight.dtype) * strength
         return flat.reshape(weight.shape)
 
 
@@ -49,7 +49,8 @@ def patches(concept, keys):
             continue
         key = f"diffusion_model.{name}"
         indices = torch.from_numpy(concept.indices(at).astype(np.int64))
-        made[key] = ShutWeights({key}, (indices, (layer.out_features, layer.in_features)))
+        values = torch.from_numpy(concept.values(at))
+        made[key] = ChangedWeights({key}, (indices, values, (layer.out_features, layer.in_features)))
     if missing:
         raise ValueError(f"the concept is not of this kind of model: it has no {missing[0]} ({len(missing)} are missing)")
     return made

@@ -250,6 +250,27 @@ class Concepts(WithPipeline):
             self.assertEqual((read.trigger, read.title, read.role, read.scope), ("cat", "a test", 0, 1))
             self.assertAlmostEqual(read.density, read.neurons / read.weights)
 
+    def test_values_are_kept_and_act(self):
+        projections = self.pipeline.projections
+        layers = {one.path: ((one.out_features, one.in_features), np.arange(64)) for one in projections}
+        values = {one.path: np.linspace(-0.5, 0.5, 64, dtype=np.float32) for one in projections}
+        tuned, shut = (macula.Concept.create(layers, self.pipeline.fingerprint, values=v) for v in (values, None))
+        self.assertEqual((tuned.precision, shut.precision), (macula.Values.FLOAT16, macula.Values.NONE))
+        np.testing.assert_array_equal(tuned.values(0), values[tuned.layers[0].path].astype(np.float16))
+        self.assertFalse(shut.values(0).any())
+        self.assertEqual(tuned.metadata["macula.values"], "float16")
+        drawn = []
+        for concept in (tuned, shut):
+            self.pipeline.compose(concept)
+            drawn.append(self.pipeline.draw("a cat", **QUICK)[0])
+        self.assertTrue((drawn[0] != drawn[1]).any())
+        self.pipeline.clear()
+        self.assert_draws_as_before()
+        with self.assertRaisesRegex(macula.InvalidArgument, "tuned values"):
+            tuned | shut
+        with self.assertRaisesRegex(ValueError, "63 values"):
+            macula.Concept.create(layers, "ab" * 32, values={path: one[1:] for path, one in values.items()})
+
     def test_a_search_is_told_and_stopped(self):
         stages = []
 

@@ -308,6 +308,18 @@ class TorchWeights(unittest.TestCase):
                     flat[self.indices[path]] *= np.asarray(1 - strength, expected.dtype)
                 np.testing.assert_array_equal(changed.numpy(), expected)
 
+    def test_tuned_values_take_the_place_of_the_weights(self):
+        values = {path: np.linspace(-1, 1, len(chosen), dtype=np.float32) for path, chosen in self.indices.items()}
+        layers = {path: ((6, 8), chosen) for path, chosen in self.indices.items()}
+        self.concept = macula.Concept.create(layers, "ab" * 32, values=values, precision="float32")
+        for path, weight in self.weights.items():
+            patch = self.patches()[f"diffusion_model.block.{path}.weight"]
+            changed = patch.calculate_weight(torch.from_numpy(weight.copy()), path, 0.75, 1.0, None, None).numpy()
+            expected = weight.copy()
+            flat = expected.reshape(-1)
+            flat[self.indices[path]] += np.float32(0.75) * (values[path] - flat[self.indices[path]])
+            np.testing.assert_allclose(changed, expected, atol=1e-6)
+
     def test_another_kind_of_model_is_one_clear_error(self):
         del self.keys["attn1.to_k.weight"]
         with self.assertRaisesRegex(ValueError, r"it has no attn1.to_k \(1 are missing\)"):

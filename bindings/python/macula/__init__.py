@@ -4,7 +4,7 @@
 """
 
 from ._abi import (
-    ConvolutionSearch, LogLevel, Method, Optimization, Provider, Role, Sampler, Scope, Status,
+    ConvolutionSearch, LogLevel, Method, Optimization, Provider, Role, Sampler, Scope, Searched, Status, Values,
 )
 from ._library import version as _version
 from .concepts import Concept, Layer, Overlap
@@ -20,6 +20,6 @@ __version__ = _version()
 __all__ = [
     "CancelToken", "Cancelled", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions", "Embedding", "Images",
     "InvalidArgument", "Layer", "LogLevel", "MaculaError", "Memory", "Method", "Optimization", "OutOfMemory", "Overlap",
-    "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Scope", "SessionOptions", "Status", "Term",
-    "read_image", "write_png",
+    "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Scope", "Searched", "SessionOptions", "Status",
+    "Term", "Values", "read_image", "write_png",
 ]

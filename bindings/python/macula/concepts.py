@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from ctypes import POINTER, byref, c_char_p, c_uint32, cast
+from ctypes import POINTER, byref, c_char_p, c_float, c_uint32, cast
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,19 @@ class Concept(Handle):
         target = numbers.ctypes.data_as(POINTER(c_uint32))
         check(library.macula_concept_get_indices(self.pointer, layer, target, count))
         return numbers[:count]
+
+    def values(self, layer: int) -> np.ndarray:
+        """What one projection's neurons become, `float32`, in the order of `indices`: tuned values, or zeros."""
+        count = self._layer(layer).neurons
+        numbers = np.empty(max(count, 1), dtype=np.float32)
+        target = numbers.ctypes.data_as(POINTER(c_float))
+        check(library.macula_concept_get_values(self.pointer, layer, target, count))
+        return numbers[:count]
+
+    @property
+    def precision(self) -> Values:
+        """How tuned values are kept; `Values.NONE` for a concept that shuts."""
+        return Values(self._info.values)
 
     @property
     def metadata(self) -> dict[str, str]:
