@@ -1334,6 +1334,9 @@ macula_status macula_concept_overlap(const macula_concept *first,
  * `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and, for a latent model, `vae_decoder/`; `vae_encoder/` to start
  * from images; `text_encoder_2/` and `tokenizer_2/` for SDXL). It does one job at a time: a draw, an encoding, a
  * denoising step or a change of its composition. For jobs side by side, open it more than once.
+ *
+ * Where the stages of a decomposed process have models of their own, `unet_1/`, `unet_2/` and so on (links will do) are
+ * those of stage 1, stage 2; the last one serves all later stages. Concepts act on those with the weights of `unet/`.
  * ============================================================================================================== */
 
 /**
@@ -1410,6 +1413,10 @@ typedef struct {
    */
   size_t prompt_features;
   /**
+   * UNets: more than 1 if stages of a decomposed process have their own.
+   */
+  size_t unet_count;
+  /**
    * Number of K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
    */
   size_t projection_count;
@@ -1426,7 +1433,7 @@ typedef struct {
 /**
  * An empty struct to be filled in: `macula_pipeline_info x = MACULA_PIPELINE_INFO_INIT;`
  */
-#define MACULA_PIPELINE_INFO_INIT { sizeof(macula_pipeline_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define MACULA_PIPELINE_INFO_INIT { sizeof(macula_pipeline_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 
 /**
@@ -1576,8 +1583,8 @@ macula_status macula_composition_clear(macula_pipeline *pipeline);
  * schedule without turning points is the plain process.
  *
  * In stage k the sides are halved k times, and a state holds orthonormal coordinates: 2^k times the mean of each block of
- * 2^k x 2^k pixels. Times run from 0 (clean) to
- * `train_timesteps`; time t is the model's timestep t - 1.
+ * 2^k x 2^k pixels. Times run from 0 (clean) to `train_timesteps`; time t is the model's timestep t - 1. A model may be
+ * trained for the process; with `ordinary_models` those of several resolutions serve as they are, without fading.
  * ============================================================================================================== */
 
 /**
@@ -1799,7 +1806,9 @@ typedef int32_t macula_sampler;
  *   optional: `turning_points`, rising times in 2 to `train_timesteps - 1`; `attenuation` `{"r", "q"}`, the signal of what
  *   is dropped at time T being `r^((t / T)^q)` of a plain process's, r in (0, 1], q in [1, 1000]; `lift_std`, a number for
  *   each turning point: the root mean square of the clean coordinates that are dropped there; `stage_class_labels` and
- *   `stage_sizes`, a whole number for each stage. Not NULL.
+ *   `stage_sizes`, a whole number for each stage; `ordinary_models`, true if the models are ordinary ones of pictures of
+ *   each stage's size, which were not trained for the process: they are told the timestep of the noise that the means of
+ *   blocks have, and nothing may fade (r = 1). Not NULL.
  * - `out_schedule`: receives the schedule; not NULL. Free it with `macula_schedule_free`.
  *
  * Errors: `INVALID_FILE` and `UNSUPPORTED` naming the field, its value and its range. Any thread.
@@ -2185,7 +2194,8 @@ typedef struct {
   const char *negative_prompt;
   /**
    * A decomposed process, in place of the model's plain one: early steps see smaller states and take less time. The model
-   * must have been trained for it; `macula_pipeline_get_schedule` gives the one that came with it. May be NULL.
+   * must have been trained for it (`macula_pipeline_get_schedule` gives the one that came with it), or the schedule be one
+   * of `ordinary_models`. May be NULL.
    * Default: `NULL`.
    */
   const macula_schedule *schedule;
@@ -2603,12 +2613,17 @@ typedef struct {
    * first. Default: `0`.
    */
   size_t first_conditional;
+  /**
+   * Stage of a decomposed process that the states are of, for a pipeline whose stages have UNets of their own.
+   * Default: `0`.
+   */
+  size_t stage;
 } macula_denoise_inputs;
 
 /**
  * The defaults: `macula_denoise_inputs x = MACULA_DENOISE_INPUTS_INIT;`
  */
-#define MACULA_DENOISE_INPUTS_INIT { sizeof(macula_denoise_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0.0, 0 }
+#define MACULA_DENOISE_INPUTS_INIT { sizeof(macula_denoise_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0.0, 0, 0 }
 
 
 /**

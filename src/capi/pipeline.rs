@@ -4,6 +4,9 @@
 //! `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and, for a latent model, `vae_decoder/`; `vae_encoder/` to start
 //! from images; `text_encoder_2/` and `tokenizer_2/` for SDXL). It does one job at a time: a draw, an encoding, a
 //! denoising step or a change of its composition. For jobs side by side, open it more than once.
+//!
+//! Where the stages of a decomposed process have models of their own, `unet_1/`, `unet_2/` and so on (links will do) are
+//! those of stage 1, stage 2; the last one serves all later stages. Concepts act on those with the weights of `unet/`.
 
 use std::ffi::{CString, c_char};
 use std::sync::Arc;
@@ -101,6 +104,8 @@ pub struct macula_pipeline_info {
     pub prompt_tokens: usize,
     /// Numbers in a row of a prompt's encoding; 0 if the model leaves it open or takes no text.
     pub prompt_features: usize,
+    /// UNets: more than 1 if stages of a decomposed process have their own.
+    pub unet_count: usize,
     /// Number of K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
     pub projection_count: usize,
     /// 1 if pictures can be encoded, to start from them.
@@ -123,6 +128,7 @@ impl Default for macula_pipeline_info {
             latent_factor: 0,
             prompt_tokens: 0,
             prompt_features: 0,
+            unet_count: 0,
             projection_count: 0,
             encodes_images: 0,
             composes: 0,
@@ -132,7 +138,7 @@ impl Default for macula_pipeline_info {
 
 // SAFETY: repr(C), begins with its size; pointers and integers take any bytes.
 unsafe impl Versioned for macula_pipeline_info {
-    const FIRST_SIZE: usize = 104;
+    const FIRST_SIZE: usize = 112;
 }
 
 /// Opens a model folder. The folder may change or go away afterwards.
@@ -226,6 +232,7 @@ pub unsafe extern "C" fn macula_pipeline_get_info(
             latent_factor: info.latent_factor,
             prompt_tokens: info.chunk_tokens,
             prompt_features: pipeline.features,
+            unet_count: info.unets,
             projection_count: pipeline.paths.len(),
             encodes_images: info.encodes_images.into(),
             composes: pipeline.projections.is_some().into(),

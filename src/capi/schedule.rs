@@ -8,8 +8,8 @@
 //! schedule without turning points is the plain process.
 //!
 //! In stage k the sides are halved k times, and a state holds orthonormal coordinates: 2^k times the mean of each block of
-//! 2^k x 2^k pixels. Times run from 0 (clean) to
-//! `train_timesteps`; time t is the model's timestep t - 1.
+//! 2^k x 2^k pixels. Times run from 0 (clean) to `train_timesteps`; time t is the model's timestep t - 1. A model may be
+//! trained for the process; with `ordinary_models` those of several resolutions serve as they are, without fading.
 
 use std::ffi::{CString, c_char};
 use std::path::Path;
@@ -85,7 +85,9 @@ impl macula_schedule {
 ///   optional: `turning_points`, rising times in 2 to `train_timesteps - 1`; `attenuation` `{"r", "q"}`, the signal of what
 ///   is dropped at time T being `r^((t / T)^q)` of a plain process's, r in (0, 1], q in [1, 1000]; `lift_std`, a number for
 ///   each turning point: the root mean square of the clean coordinates that are dropped there; `stage_class_labels` and
-///   `stage_sizes`, a whole number for each stage. Not NULL.
+///   `stage_sizes`, a whole number for each stage; `ordinary_models`, true if the models are ordinary ones of pictures of
+///   each stage's size, which were not trained for the process: they are told the timestep of the noise that the means of
+///   blocks have, and nothing may fade (r = 1). Not NULL.
 /// - `out_schedule`: receives the schedule; not NULL. Free it with `macula_schedule_free`.
 ///
 /// Errors: `INVALID_FILE` and `UNSUPPORTED` naming the field, its value and its range. Any thread.

@@ -190,6 +190,27 @@ impl Unet {
         self.projections().map(|projections| projections.fingerprint())
     }
 
+    /// Takes another UNet's key and value weights in place of its own where they are the same: they are held once then, and
+    /// concepts that were gathered from the other act here.
+    pub(super) fn share_projections(&mut self, other: &Self) {
+        let (Steering::Inputs { projections, .. }, Some(theirs)) = (&mut self.steering, other.projections()) else {
+            return;
+        };
+        let (ours, others) = (projections.as_slice(), theirs.as_slice());
+        let alike = ours.len() == others.len()
+            && ours.iter().zip(others).all(|(a, b)| {
+                (&a.path, a.out_features, a.in_features, &a.bias) == (&b.path, b.out_features, b.in_features, &b.bias)
+            });
+        if alike && projections.fingerprint() == theirs.fingerprint() {
+            *projections = theirs.clone();
+        }
+    }
+
+    /// Whether concepts that were gathered from another UNet act here: see [`Unet::share_projections`].
+    pub(super) fn shares_projections(&self, other: &Self) -> bool {
+        self.projections().zip(other.projections()).is_some_and(|(ours, theirs)| Arc::ptr_eq(ours, theirs))
+    }
+
     /// The threads that compute keys and values.
     pub fn pool(&self) -> &Arc<ThreadPool> {
         &self.pool

@@ -284,6 +284,7 @@ class macula_pipeline_info(Struct):
         ("latent_factor", c_size_t),
         ("prompt_tokens", c_size_t),
         ("prompt_features", c_size_t),
+        ("unet_count", c_size_t),
         ("projection_count", c_size_t),
         ("encodes_images", c_int32),
         ("composes", c_int32),
@@ -518,6 +519,7 @@ class macula_denoise_inputs(Struct):
         ("cancel", c_void_p),
         ("timestep", c_double),
         ("first_conditional", c_size_t),
+        ("stage", c_size_t),
     ]
 
 

@@ -248,6 +248,7 @@ class Pipeline(Closable):
         timestep_cond: np.ndarray | None = None,
         embedding: Embedding | None = None,
         first_conditional: int = 0,
+        stage: int = 0,
         cancel: CancelToken | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -263,7 +264,7 @@ class Pipeline(Closable):
         inputs.class_labels, inputs.timestep_cond = _numbers(class_labels, np.int64), _numbers(timestep_cond)
         inputs.embedding = embedding.pointer if embedding else None
         inputs.cancel = cancel.pointer if cancel else None
-        inputs.timestep, inputs.first_conditional = timestep, first_conditional
+        inputs.timestep, inputs.first_conditional, inputs.stage = timestep, first_conditional, stage
         if out is None:
             out = np.empty_like(states)
         elif not (out.dtype == np.float32 and out.flags.c_contiguous and out.flags.writeable):
