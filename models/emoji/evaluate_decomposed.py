@@ -3,12 +3,13 @@
 Needs the package `macula` (`bindings/python` with its native library). Draws prompts with combinations that were not
 trained: the plain process, the decomposed one at as many steps, and the plain one at as many steps as take at least the
 time of the decomposed. The processes take turns, prompt by prompt, so that other load falls on all of them. Writes
-OUT/decomposed.json:
+OUT/decomposed.json and OUT/decomposed-curves.png:
 
-- seconds, the time ratio, and the share of the saving that the cost model predicts;
-- the kernel distance (KID, Binkowski et al. 2018, arXiv 1801.01401) of the first judge's features to rendered scenes of
-  other prompts of the same kind, and, with --full, the Frechet distance (Heusel et al. 2017, arXiv 1706.08500);
-- how often the second judge finds every object.
+- time ratios, and the share of the saving that the cost model predicts;
+- the kernel distance of the first judge's features to rendered scenes of other prompts of the same kind and, with --full,
+  the Frechet distance. Both are between distributions, so drawing is without guidance, which trades variety for clarity;
+- how often the second judge finds every object;
+- the same for smaller samples along curves over turning points and attenuation (`decomposed_curves.py`).
 """
 
 import argparse
@@ -19,14 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 import data
+import decomposed_curves as curves
 import evaluate
 import export
 import macula
 import probe
 import vocabulary as words
+from distances import features, frechet_distance, interval, kernel_distance
 
 BATCH = 2  # pictures of a prompt
 
@@ -38,7 +40,6 @@ class Process:
     name: str
     steps: int
     schedule: macula.Schedule | None = None
-    class_label: int = 0
     seconds: float = 0.0
     pictures: list = field(default_factory=list)
 
@@ -49,7 +50,6 @@ class Process:
             caption,
             steps=self.steps,
             schedule=self.schedule,
-            class_label=self.class_label,
             guidance=options.guidance,
             seed=options.seed,
             first_picture=first,
@@ -58,9 +58,17 @@ class Process:
         self.seconds += time.perf_counter() - began
         self.pictures += [picture.copy() for picture in drawn]
 
+    def predicted_cost(self):
+        """Pixels that the model sees, as a share of those of the plain process at as many steps."""
+        if self.schedule is None:
+            return 1.0
+        turning, last = self.schedule.turning_points, self.schedule.fields["num_train_timesteps"]
+        times = {round(t) for t in np.linspace(last, 0, self.steps + 1)} | set(turning)
+        return sum(0.25 ** sum(t >= point for point in turning) for t in times if t) / self.steps
+
 
 def draw_in_turn(pipeline, processes, scenes, options):
-    """Draws `BATCH` pictures of every scene by every process, whose noise is of the same seeds."""
+    """Draws `BATCH` pictures of every scene by every process; picture for picture their noise is of the same seed."""
     for i, scene in enumerate(scenes):
         for process in processes:
             process.draw(pipeline, data.caption(scene), options, first=BATCH * i)
@@ -69,23 +77,15 @@ def draw_in_turn(pipeline, processes, scenes, options):
             print(f"{BATCH * (i + 1)} of {BATCH * len(scenes)} pictures each, {spent:.0f} s", flush=True)
 
 
-def predicted_cost(schedule, steps):
-    """Pixels that the model sees in a walk of a schedule, as a share of the plain one's at as many steps."""
-    turning, last = schedule.turning_points, schedule.fields["num_train_timesteps"]
-    times = {round(t) for t in np.linspace(last, 0, steps + 1)} | set(turning)
-    return sum(0.25 ** sum(t >= point for point in turning) for t in times if t) / steps
-
-
-def speed(pipeline, schedule, steps, batch, options, runs):
-    """The median time ratio of `runs` pairs of draws, and the share of the predicted saving that it is."""
+def speed(pipeline, schedule, steps, batch, options):
+    """The median time ratio of pairs of draws, and the share of the predicted saving that it is."""
     ratios = []
-    for i in range(-1, runs):  # the first run at a size takes longer
+    for i in range(options.timed + 1):  # the first run at a size takes longer
         plain, decomposed = Process("plain", steps), Process("decomposed", steps, schedule)
         for process in (plain, decomposed):
-            process.draw(pipeline, "a cat on a blue background", options, first=batch * max(i, 0), batch=batch)
-        if i >= 0:
-            ratios.append(decomposed.seconds / plain.seconds)
-    ratio, predicted = float(np.median(ratios)), predicted_cost(schedule, steps)
+            process.draw(pipeline, "a cat on a blue background", options, first=batch * i, batch=batch)
+        ratios.append(decomposed.seconds / plain.seconds)
+    ratio, predicted = float(np.median(ratios[1:])), decomposed.predicted_cost()
     return {
         "steps": steps,
         "batch": batch,
@@ -95,102 +95,79 @@ def speed(pipeline, schedule, steps, batch, options, runs):
     }
 
 
-def features(pictures, folder):
-    """[N, D] of the first judge for [N, 64, 64, 3] uint8 pictures."""
-    session = onnxruntime.InferenceSession(folder / "first.onnx", providers=["CPUExecutionProvider"])
-    x = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-    return np.concatenate([session.run(["features"], {"picture": x[i : i + 250]})[0] for i in range(0, len(x), 250)])
-
-
-def kernel_distance(a, b):
-    """Unbiased squared maximum mean discrepancy under the kernel (x . y / D + 1)^3."""
-
-    def kernel(x, y):
-        return (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
-
-
-def frechet_distance(a, b):
-    """Of the Gaussians with the means and covariances of two sets of features."""
-    covariances = [np.cov(x.astype(np.float64), rowvar=False) for x in (a, b)]
-    # The product of two covariances has eigenvalues that are real and not negative, but for rounding.
-    root = np.sqrt(np.maximum(np.linalg.eigvals(covariances[0] @ covariances[1]).real, 0)).sum()
-    apart = ((a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)) ** 2).sum()
-    return float(apart + sum(np.trace(c) for c in covariances) - 2 * root)
-
-
-def interval(statistic, prompts, seed=0, times=200):
-    """`statistic(rows)` of all pictures with its 95 % interval, by halves of the prompts drawn without replacement
-    (delete-half jackknife): their spread about the whole is that of the whole, and no picture stands twice in a sample,
-    which would bias a kernel distance."""
-    rng = np.random.default_rng(seed)
-
-    def of(chosen):
-        return statistic((BATCH * chosen[:, None] + np.arange(BATCH)).ravel())
-
-    whole = of(np.arange(prompts))
-    spread = np.array([of(rng.choice(prompts, prompts // 2, replace=False)) for _ in range(times)]) - whole
-    low, high = np.quantile(spread, (0.025, 0.975))
-    return {"value": float(whole), "low": float(whole + low), "high": float(whole + high)}
-
-
 class Judges:
     """What the judges say of drawings, beside rendered scenes."""
 
     def __init__(self, folder, scenes, reference):
-        self.folder, self.scenes = folder, scenes
-        self.reference = features(reference, folder)
+        self.folder, self.reference = folder, features(reference, folder)
         self.wanted = [[probe.LABELS.index(noun) for noun in scene.nouns] for scene in scenes for _ in range(BATCH)]
 
-    def see(self, process):
-        """Features and whether every object was found, a row a picture."""
-        pictures = np.stack(process.pictures)
+    def see(self, pictures):
+        """Features, and whether every object was found, a row a picture of the first scenes."""
+        pictures = np.stack(pictures)
         hits = evaluate.found("second", pictures, self.folder)
         right = np.array([row[wanted].all() for row, wanted in zip(hits, self.wanted)])
         return features(pictures, self.folder), right
 
-    def distance(self, seen, rows=slice(None)):
+    def distance(self, seen, rows):
         """The kernel distance of some features to as many of the reference, or, if those are more, to all of them."""
         reference = self.reference[rows] if len(self.reference) == len(seen) else self.reference
         return kernel_distance(seen[rows], reference)
 
-    def rate(self, process, full):
-        """The figures of one process."""
-        seen, right = self.see(process)
-        row = {
-            "process": process.name,
-            "steps": process.steps,
+    def rate(self, pictures):
+        """Figures of pictures of the first scenes."""
+        seen, right = self.see(pictures)
+        return {
             "pictures": len(seen),
-            "seconds": process.seconds,
-            "kernel_distance": interval(lambda rows: self.distance(seen, rows), len(seen) // BATCH),
+            "kernel_distance": interval(lambda rows: self.distance(seen, rows), len(seen) // BATCH, BATCH),
             "every_object_found": evaluate.wilson(int(right.sum()), len(right)),
         }
-        if full:
-            row["frechet_distance"] = frechet_distance(seen, self.reference)
-        return row
 
     def compare(self, ours, theirs):
         """The first process against the second, on the same prompts and seeds."""
-        (seen, right), (other, other_right) = self.see(ours), self.see(theirs)
+        (seen, right), (other, other_right) = self.see(ours.pictures), self.see(theirs.pictures)
         prompts = len(seen) // BATCH
-
-        def ratio(rows):
-            return self.distance(seen, rows) / self.distance(other, rows)
-
-        def points(rows):
-            return 100 * (right[rows].mean() - other_right[rows].mean())
-
+        ratio = interval(lambda rows: self.distance(seen, rows) / self.distance(other, rows), prompts, BATCH)
+        points = interval(lambda rows: 100 * (right[rows].mean() - other_right[rows].mean()), prompts, BATCH)
         return {
             "against": f"{theirs.name}, {theirs.steps} steps",
-            "kernel_distance_ratio": interval(ratio, prompts),
-            "every_object_found_points": interval(points, prompts),
             "time_ratio": ours.seconds / theirs.seconds,
+            "kernel_distance_ratio": ratio,
+            "every_object_found_points": points,
         }
+
+
+def compare_processes(pipeline, judges, scenes, options):
+    """The comparison of quality, and the plain process."""
+    schedule = pipeline.schedule
+    timed = speed(pipeline, schedule, options.steps, BATCH, options)
+    fewer = int(np.ceil(options.steps * timed["time_ratio"]))
+    plain, decomposed = Process("plain", options.steps), Process("decomposed", options.steps, schedule)
+    processes = [plain, decomposed, Process("plain", fewer)]
+    draw_in_turn(pipeline, processes, scenes, options)
+    runs = []
+    for process in processes:
+        row = {"process": process.name, "steps": process.steps, "seconds": process.seconds}
+        row |= judges.rate(process.pictures)
+        if options.full:
+            row["frechet_distance"] = frechet_distance(judges.see(process.pictures)[0], judges.reference)
+        runs.append(row)
+    against = [judges.compare(decomposed, other) for other in (plain, processes[2])]
+    return {"speed": timed, "runs": runs, "decomposed": against}, plain
+
+
+def measure_curves(pipeline, judges, scenes, rendering, options):
+    """A row for every point of the curves."""
+    found, spreads = curves.points(pipeline, list(rendering))
+    rows = []
+    for point in found:
+        process = Process("decomposed", options.steps, point.schedule)
+        for i, scene in enumerate(scenes):
+            process.draw(pipeline, data.caption(scene), options, first=BATCH * i)
+        cost = {"predicted_cost": process.predicted_cost(), "seconds": process.seconds}
+        rows.append(point.described(spreads) | cost | judges.rate(process.pictures))
+        print(f"{point.models}, {point.chosen}: {point.schedule.turning_points}, {process.seconds:.0f} s", flush=True)
+    return rows
 
 
 def some_scenes(seed, count):
@@ -214,42 +191,38 @@ def main():
     parser.add_argument("--judges", type=Path, default=probe.FOLDER)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
     parser.add_argument("--steps", type=int, default=10, help="of both processes in the comparison of quality")
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--timed", type=int, default=7, help="pairs of draws that each time ratio is the median of")
+    parser.add_argument("--curve-pictures", type=int, default=160, help="of each point of the curves")
+    parser.add_argument("--timed", type=int, default=9, help="pairs of draws that each time ratio is the median of")
     parser.add_argument("--full", action="store_true", help="5,000 pictures and the Frechet distance")
     options = parser.parse_args()
     began = time.perf_counter()
     pipeline = macula.Pipeline(options.model)
-    schedule = pipeline.schedule
     wanted = 5000 if options.full else options.pictures
-
-    speeds = [
-        speed(pipeline, schedule, steps, batch, options, options.timed)
-        for steps, batch in ((25, 1), (25, 4), (options.steps, BATCH))
-    ]
-    fewer = -(-options.steps * speeds[-1]["time_ratio"] // 1)
-    plain, decomposed = Process("plain", options.steps), Process("decomposed", options.steps, schedule)
-    equal_time = Process("plain", int(fewer))
-    processes = [plain, decomposed, equal_time]
+    speeds = [speed(pipeline, pipeline.schedule, 25, batch, options) for batch in (1, 4)]
     # The two sides of a kernel distance must be independent: other prompts than those that are drawn.
     scenes = some_scenes(options.seed, wanted // BATCH)
-    judges = Judges(options.judges, scenes, rendered(some_scenes(options.seed + 1, wanted), options.seed + 1))
-    draw_in_turn(pipeline, processes, scenes, options)
-
+    rendering = rendered(some_scenes(options.seed + 1, wanted), options.seed + 1)
+    judges = Judges(options.judges, scenes, rendering)
+    compared, plain = compare_processes(pipeline, judges, scenes, options)
+    few = scenes[: options.curve_pictures // BATCH]
+    rows = measure_curves(pipeline, judges, few, rendering, options)
+    beside = judges.rate(plain.pictures[: BATCH * len(few)])
     report = {
         "guidance": options.guidance,
         "decomposed_time_ratio": speeds[0]["time_ratio"],
         "share_of_predicted_saving": speeds[0]["share_of_predicted_saving"],
-        "speeds": speeds,
-        "runs": [judges.rate(process, options.full) for process in processes],
-        "decomposed": [judges.compare(decomposed, other) for other in (plain, equal_time)],
+        "speeds": [*speeds, compared.pop("speed")],
+        **compared,
+        "curves": {"steps": options.steps, "plain": beside, "points": rows},
         "seconds": time.perf_counter() - began,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "decomposed.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    curves.plot(rows, beside).save(options.out / "decomposed-curves.png")
+    print(json.dumps({key: value for key, value in report.items() if key != "curves"}, indent=2))
 
 
 if __name__ == "__main__":

@@ -285,6 +285,8 @@ class Schedules(WithPipeline):
         strict, more = macula.Schedule.choose(self.pipeline, rough, drop_error=1e-3, turning_points=1)
         self.assertLess(cost, more)
         self.assertLess(loose.turning_points[0], strict.turning_points[0])
+        dropped = loose.fields["lift_std"][0] ** 2
+        self.assertLessEqual(loose.drop_error(0, loose.turning_points[0] - 1, dropped), 1e-2)
         self.assertIn("<svg", plot.read_text())
         with self.assertRaisesRegex(ValueError, "1 stage costs for 3 stages"):
             macula.Schedule.choose(self.pipeline, rough, stage_costs=[1.0])

@@ -15,7 +15,8 @@ pub enum What {
     Model,
     /// What concept neurons of kept-out subjects do, alone and composed: out/cones.json and out/cones-*.png
     Cones,
-    /// What the decomposed process costs and how well it draws, beside the plain one: out/decomposed.json
+    /// What the decomposed process costs and how well it draws, beside the plain one: out/decomposed.json and
+    /// out/decomposed-curves.png
     Decomposed,
 }
 
