@@ -1356,12 +1356,22 @@ typedef struct {
    * How its models are run. May be NULL: the values of `MACULA_SESSION_OPTIONS_INIT`. Default: `NULL`.
    */
   const macula_session_options *session;
+  /**
+   * TensorRT without `profiles`: the most pictures of a draw, 0 for 1. The UNet is built for up to twice as many states, as
+   * with guidance, at the model's own size, and for prompts of up to 4 times `prompt_tokens`. Default: `0`.
+   */
+  uint32_t pictures;
+  /**
+   * TensorRT without `profiles`: the stages of the schedule that will be walked, which the UNet is built for; 0 for those of
+   * the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
+   */
+  uint32_t stages;
 } macula_pipeline_options;
 
 /**
  * The defaults: `macula_pipeline_options x = MACULA_PIPELINE_OPTIONS_INIT;`
  */
-#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL }
+#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL, 0, 0 }
 
 /**
  * What a pipeline is. The texts belong to the pipeline handle.
@@ -1877,12 +1887,13 @@ macula_status macula_schedule_get_component(const macula_schedule *schedule,
 /**
  * Whether a pipeline's model can be walked by a schedule: that it is no other model's, and that the UNet takes every
  * stage's size. One prediction is made for each size that was not drawn before, so that a provider that builds something
- * for a size has built it when this returns.
+ * for a size has built it when this returns: a draw of as many states then begins at once.
  *
  * - `schedule`: a live schedule; not NULL.
  * - `pipeline`: a live pipeline; not NULL.
  * - `width`: pixels in a row of the pictures that are to be drawn; 0 for the model's own.
  * - `height`: rows, likewise.
+ * - `batch`: states that the model will see at once, 1 to 512: the pictures of a draw, twice as many with guidance; 0 for 1.
  * - `cancel`: stops the check from another thread; may be NULL.
  *
  * Errors: `INVALID_ARGUMENT` with the difference or the stage whose size is refused; `RUNTIME_FAILED`, naming the stage;
@@ -1892,6 +1903,7 @@ macula_status macula_schedule_check(const macula_schedule *schedule,
                                     macula_pipeline *pipeline,
                                     uint32_t width,
                                     uint32_t height,
+                                    uint32_t batch,
                                     const macula_cancel_token *cancel);
 
 /**

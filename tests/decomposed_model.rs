@@ -12,12 +12,12 @@ use macula::diffusion::decomposed::operators::{Size, down};
 use macula::diffusion::decomposed::{Decomposition, Plan, Schedule, Trajectory};
 use macula::diffusion::guidance::{Guidance, StepReport};
 use macula::diffusion::noise::standard_normal;
-use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Images, Pipeline, Start};
+use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Expected, Images, Pipeline, Start};
 use macula::diffusion::schedule::{PlanOptions, Sampler};
 use macula::diffusion::unet::UnetOptions;
 use macula::onnx::{Limits, Model};
 use macula::progress::{CancelToken, Job};
-use macula::runtime::{Runtime, RuntimeOptions};
+use macula::runtime::{Provider, Runtime, RuntimeOptions, TensorRtOptions};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -270,7 +270,7 @@ fn stages_may_have_unets_of_their_own() {
     std::fs::write(other.path().join("model.onnx"), model.to_bytes().unwrap()).unwrap();
     let strangers = folder_with_second_unet(other.path());
     let mut two = pipeline_of(strangers.path());
-    two.check_schedule(&schedule, None, None, &CancelToken::new()).unwrap();
+    two.check_schedule(&schedule, None, None, 2, &CancelToken::new()).unwrap();
     assert_ne!(draw(&mut two, &options).unwrap(), base);
     let mut plain = options.clone();
     plain.schedule = None;
@@ -343,10 +343,40 @@ fn concepts_cancelling_and_a_later_start_work_in_a_decomposed_draw() {
 }
 
 #[test]
+fn class_labels_are_refused_for_a_model_without_classes() {
+    let folder = support::fixture("pipelines.py", &["pixel"]).join("model");
+    let mut pipeline = pipeline_of(&folder);
+    let text = std::fs::read(folder.join("scheduler/scheduler_config.json")).unwrap();
+    let mut scheduler: serde_json::Map<String, Value> = serde_json::from_slice(&text).unwrap();
+    scheduler.insert("_class_name".to_owned(), "DDIMScheduler".into());
+    let decomposition =
+        Decomposition { turning_points: vec![500], stage_class_labels: vec![1, 2], ..Decomposition::default() };
+    let labelled = Schedule::new(scheduler, decomposition).unwrap();
+    let error = pipeline.check_schedule(&labelled, None, None, 1, &CancelToken::new()).unwrap_err();
+    assert!(error.message().contains("this UNet takes no class"), "{error}");
+    let unlabelled = Decomposition { stage_class_labels: Vec::new(), ..labelled.decomposition().clone() };
+    let unlabelled = labelled.with_decomposition(unlabelled).unwrap();
+    pipeline.check_schedule(&unlabelled, None, None, 1, &CancelToken::new()).unwrap();
+}
+
+/// TensorRT is not on this machine: its options are made, then the CPU takes over.
+#[test]
+fn what_is_expected_of_tensorrt_is_known_before_a_session_is_made() {
+    support::onnxruntime();
+    let mut options = UnetOptions::default();
+    options.session.provider = Provider::TensorRt(TensorRtOptions::default());
+    options.session.fallback = true;
+    let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
+    let expected = Expected { pictures: 4, stages: 3 };
+    let pipeline = Pipeline::open_expecting(&runtime, folder().join("onnx"), &options, expected).unwrap();
+    assert!(pipeline.unet().session().fallback_reason().unwrap().contains("TensorRT"));
+}
+
+#[test]
 fn a_schedule_that_does_not_fit_is_refused_before_the_first_step() {
     let mut pipeline = pipeline();
     let schedule = pipeline.schedule().unwrap().clone();
-    pipeline.check_schedule(&schedule, None, None, &CancelToken::new()).unwrap();
+    pipeline.check_schedule(&schedule, None, None, 2, &CancelToken::new()).unwrap();
     let with = |turning_points: &[usize], stage_sizes: &[usize]| {
         let decomposition = Decomposition {
             turning_points: turning_points.to_vec(),
@@ -372,7 +402,7 @@ fn a_schedule_that_does_not_fit_is_refused_before_the_first_step() {
         let error = pipeline.draw(&options(&schedule), Some(&mut on_step), &mut Job::default()).unwrap_err();
         assert_eq!((error.status(), steps), (Status::InvalidArgument, 0), "{error}");
         assert!(error.message().contains(named), "{error}");
-        let error = pipeline.check_schedule(&schedule, None, None, &CancelToken::new()).unwrap_err();
+        let error = pipeline.check_schedule(&schedule, None, None, 2, &CancelToken::new()).unwrap_err();
         assert!(error.message().contains(named), "{error}");
     }
     let mut karras = options(&schedule);

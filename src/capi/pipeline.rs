@@ -22,7 +22,7 @@ use super::runtime::macula_runtime;
 use super::session::macula_session_options;
 use super::status::macula_status;
 use crate::concept::{GatheredConcept, Projections};
-use crate::diffusion::pipeline::{AppliedConcept, Pipeline, PipelineInfo};
+use crate::diffusion::pipeline::{AppliedConcept, Expected, Pipeline, PipelineInfo};
 use crate::diffusion::unet::UnetOptions;
 use crate::error::{Error, Result, Status};
 
@@ -64,17 +64,23 @@ pub struct macula_pipeline_options {
     pub struct_size: usize,
     /// How its models are run. May be NULL: the values of `MACULA_SESSION_OPTIONS_INIT`. Default: `NULL`.
     pub session: *const macula_session_options,
+    /// TensorRT without `profiles`: the most pictures of a draw, 0 for 1. The UNet is built for up to twice as many states, as
+    /// with guidance, at the model's own size, and for prompts of up to 4 times `prompt_tokens`. Default: `0`.
+    pub pictures: u32,
+    /// TensorRT without `profiles`: the stages of the schedule that will be walked, which the UNet is built for; 0 for those of
+    /// the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
+    pub stages: u32,
 }
 
 impl Default for macula_pipeline_options {
     fn default() -> Self {
-        Self { struct_size: size_of::<Self>(), session: std::ptr::null() }
+        Self { struct_size: size_of::<Self>(), session: std::ptr::null(), pictures: 0, stages: 0 }
     }
 }
 
 // SAFETY: repr(C), begins with its size; pointers and integers take any bytes.
 unsafe impl Versioned for macula_pipeline_options {
-    const FIRST_SIZE: usize = 16;
+    const FIRST_SIZE: usize = 24;
 }
 
 /// What a pipeline is. The texts belong to the pipeline handle.
@@ -169,7 +175,8 @@ pub unsafe extern "C" fn macula_pipeline_open(
         // SAFETY: as above.
         unet.session = unsafe { session.read() }.map_err(|error| error.at("options.session"))?;
         unet.threads = session.threads as usize;
-        let pipeline = Pipeline::open(&runtime.runtime, folder, &unet)?;
+        let expected = Expected { pictures: options.pictures as usize, stages: options.stages as usize };
+        let pipeline = Pipeline::open_expecting(&runtime.runtime, folder, &unet, expected)?;
         out_pipeline.set(macula_pipeline::table().insert(macula_pipeline::new(pipeline)));
         Ok(())
     })

@@ -361,12 +361,13 @@ pub unsafe extern "C" fn macula_schedule_get_component(
 
 /// Whether a pipeline's model can be walked by a schedule: that it is no other model's, and that the UNet takes every
 /// stage's size. One prediction is made for each size that was not drawn before, so that a provider that builds something
-/// for a size has built it when this returns.
+/// for a size has built it when this returns: a draw of as many states then begins at once.
 ///
 /// - `schedule`: a live schedule; not NULL.
 /// - `pipeline`: a live pipeline; not NULL.
 /// - `width`: pixels in a row of the pictures that are to be drawn; 0 for the model's own.
 /// - `height`: rows, likewise.
+/// - `batch`: states that the model will see at once, 1 to 512: the pictures of a draw, twice as many with guidance; 0 for 1.
 /// - `cancel`: stops the check from another thread; may be NULL.
 ///
 /// Errors: `INVALID_ARGUMENT` with the difference or the stage whose size is refused; `RUNTIME_FAILED`, naming the stage;
@@ -377,6 +378,7 @@ pub unsafe extern "C" fn macula_schedule_check(
     pipeline: *mut macula_pipeline,
     width: u32,
     height: u32,
+    batch: u32,
     cancel: *const macula_cancel_token,
 ) -> macula_status {
     guard("macula_schedule_check", |call| {
@@ -387,7 +389,8 @@ pub unsafe extern "C" fn macula_schedule_check(
             false => call.object(cancel, "cancel")?.token.clone(),
         };
         let side = |side: u32| (side != 0).then_some(side as usize);
-        pipeline.begin()?.pipeline.check_schedule(&entry.schedule, side(width), side(height), &cancel)
+        let batch = batch.max(1) as usize;
+        pipeline.begin()?.pipeline.check_schedule(&entry.schedule, side(width), side(height), batch, &cancel)
     })
 }
 

@@ -51,10 +51,11 @@ static void stages_and_components(void) {
 
 static void checking(void) {
   macula_schedule *foreign = NULL;
-  OK(macula_schedule_check(schedule, pipeline, 0, 0, NULL));
-  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "32", macula_schedule_check(schedule, pipeline, 32, 32, NULL));
+  OK(macula_schedule_check(schedule, pipeline, 0, 0, 2, NULL));
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "32", macula_schedule_check(schedule, pipeline, 32, 32, 0, NULL));
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "batch is 513", macula_schedule_check(schedule, pipeline, 0, 0, 513, NULL));
   OK(macula_schedule_from_json("{\"turning_points\": [400]}", &foreign));
-  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "another model's", macula_schedule_check(foreign, pipeline, 0, 0, NULL));
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "another model's", macula_schedule_check(foreign, pipeline, 0, 0, 0, NULL));
   OK(macula_schedule_free(foreign));
 }
 
@@ -223,7 +224,7 @@ static void driving_ordinary_models(void) {
   OK(macula_pipeline_get_info(pipeline, &info));
   CHECK(info.unet_count == 1);
   OK(macula_schedule_from_json(JSON, &ordinary));
-  OK(macula_schedule_check(ordinary, pipeline, 0, 0, NULL));
+  OK(macula_schedule_check(ordinary, pipeline, 0, 0, 0, NULL));
   drawing_and_driving(ordinary, 1);
   OK(macula_schedule_free(ordinary));
 }

@@ -268,6 +268,8 @@ class macula_pipeline_options(Struct):
     _fields_ = [
         ("struct_size", c_size_t),
         ("session", POINTER(macula_session_options)),
+        ("pictures", c_uint32),
+        ("stages", c_uint32),
     ]
 
 
@@ -583,7 +585,7 @@ FUNCTIONS = {
     "macula_schedule_get_info": (c_int32, [c_void_p, POINTER(macula_schedule_info)]),
     "macula_schedule_get_stage": (c_int32, [c_void_p, c_size_t, POINTER(macula_stage_info)]),
     "macula_schedule_get_component": (c_int32, [c_void_p, c_size_t, c_size_t, POINTER(macula_component_info)]),
-    "macula_schedule_check": (c_int32, [c_void_p, c_void_p, c_uint32, c_uint32, c_void_p]),
+    "macula_schedule_check": (c_int32, [c_void_p, c_void_p, c_uint32, c_uint32, c_uint32, c_void_p]),
     "macula_schedule_choose": (c_int32, [c_void_p, POINTER(macula_choose_options), POINTER(c_double), POINTER(c_void_p)]),
     "macula_schedule_begin": (c_int32, [c_void_p, POINTER(macula_trajectory_options), POINTER(c_void_p)]),
     "macula_trajectory_free": (c_int32, [c_void_p]),

@@ -81,6 +81,7 @@ class Schedule(Handle):
         found = info(macula_component_info, library.macula_schedule_get_component, self.pointer, component, time)
         return found.drop_error * mean_square
 
-    def check(self, pipeline: Pipeline, size: tuple[int, int] = (0, 0)) -> None:
-        """Raises unless the pipeline's model can be walked by it to pictures of a size (width, height)."""
-        check(library.macula_schedule_check(self.pointer, pipeline.pointer, *size, None))
+    def check(self, pipeline: Pipeline, size: tuple[int, int] = (0, 0), batch: int = 1) -> None:
+        """Raises unless the pipeline's model can be walked by it to pictures of a size (width, height); makes ready for as
+        many states at once: the pictures of a draw, twice as many with guidance."""
+        check(library.macula_schedule_check(self.pointer, pipeline.pointer, *size, batch, None))

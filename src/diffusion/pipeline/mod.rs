@@ -19,6 +19,7 @@ mod text;
 mod tokenizer;
 mod vae;
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -31,6 +32,7 @@ use super::decomposed::{
 use super::folder::Folder;
 use super::guidance::{self, Guidance, Noise, OnStep, Walk};
 use super::precision;
+use super::profiles::ExpectedStates;
 use super::schedule::{self, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
 use crate::concept::{Composition, GatheredConcept, Rows};
@@ -54,6 +56,18 @@ pub const MAX_SIDE: usize = 16_384;
 const KEPT_EMBEDDINGS: usize = 16;
 const UNGUIDED: Guidance = Guidance { scale: 1.0, rescale: 0.0 };
 const MAX_SCHEDULER_BYTES: u64 = 4 << 20;
+
+/// Prompts of up to as many chunks are expected.
+const EXPECTED_CHUNKS: usize = 4;
+
+/// What will be drawn at the model's own size, for providers that build for sizes ahead: TensorRT.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Expected {
+    /// The most pictures of a draw; 0 for one.
+    pub pictures: usize,
+    /// Stages of the schedule that will be walked; 0 for those of the folder's own, or one without it.
+    pub stages: usize,
+}
 
 /// What a draw starts from.
 #[derive(Clone, Copy, Debug, Default)]
@@ -236,6 +250,20 @@ impl Pipeline {
     /// [`crate::Status::NotFound`] for a part that is missing, [`crate::Status::InvalidFile`] for one that is damaged,
     /// [`crate::Status::Unsupported`] for one that is not handled; each names the file.
     pub fn open(runtime: &Runtime, folder: impl AsRef<Path>, options: &UnetOptions) -> Result<Self> {
+        Self::open_expecting(runtime, folder, options, Expected::default())
+    }
+
+    /// As [`Pipeline::open`], for draws that are known ahead: unless TensorRT was given profiles, its engines are built for
+    /// every stage of the schedule, for up to as many pictures with guidance, and for prompts of up to 4 chunks.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_expecting(
+        runtime: &Runtime,
+        folder: impl AsRef<Path>,
+        options: &UnetOptions,
+        expected: Expected,
+    ) -> Result<Self> {
         let folder = Folder::open(folder.as_ref())?;
         let index = folder
             .json("model_index.json")?
@@ -260,14 +288,28 @@ impl Pipeline {
         let unet_folder = required(&folder, "unet")?;
         let source =
             UnetSource { runtime: runtime.clone(), path: unet_folder.path("model.onnx"), options: options.clone() };
-        let mut unets = vec![Unet::open(runtime, &source.path, options)?];
+        let config = unet_folder.json("config.json")?.unwrap_or(Value::Null);
+        let mut paths = vec![source.path.clone()];
         for stage in 1..=MAX_TURNING_POINTS {
             let Some(folder) = folder.inner(&format!("unet_{stage}"))? else { break };
-            let mut unet = Unet::open(runtime, folder.path("model.onnx"), options)?;
-            unet.share_projections(&unets[0]);
+            paths.push(folder.path("model.onnx"));
+        }
+        let last_stage = match expected.stages {
+            0 => schedule.as_ref().map_or(0, |schedule| schedule.turning_points().len()),
+            stages => stages.min(MAX_TURNING_POINTS + 1) - 1,
+        };
+        let mut unets: Vec<Unet> = Vec::new();
+        for (stage, path) in paths.iter().enumerate() {
+            let last = if stage + 1 < paths.len() { stage } else { last_stage.max(stage) };
+            let states = expected_states(&config, &encoders, decoder.as_ref(), expected.pictures, stage..=last)
+                .map_err(|error| error.at(unet_folder.name("config.json")))?;
+            let options = UnetOptions { expected: Some(states), ..options.clone() };
+            let mut unet = Unet::open(runtime, path, &options)?;
+            if let Some(first) = unets.first() {
+                unet.share_projections(first);
+            }
             unets.push(unet);
         }
-        let config = unet_folder.json("config.json")?.unwrap_or(Value::Null);
         let info = describe(&unets, &config, &encoders, decoder.as_ref(), encoder.as_ref())
             .map_err(|error| error.at(unet_folder.name("config.json")))?;
         Ok(Self {
@@ -331,8 +373,8 @@ impl Pipeline {
     }
 
     /// Whether this model can be walked by a schedule to pictures of a size in pixels: that it is no other model's, and that
-    /// the UNets take every stage's size. One prediction is made for each size that was not drawn before, so a provider that
-    /// builds something for a size has built it when this returns.
+    /// the UNets take every stage's size. One prediction for `batch` states is made for each size that was not drawn before, so
+    /// a provider that builds something for a size has built it when this returns.
     ///
     /// # Errors
     /// Those of [`Pipeline::draw`] for a schedule that does not fit, naming the stage.
@@ -341,12 +383,22 @@ impl Pipeline {
         schedule: &Schedule,
         width: Option<usize>,
         height: Option<usize>,
+        batch: usize,
         cancel: &CancelToken,
     ) -> Result<()> {
-        let options =
-            DrawOptions { width, height, guidance: UNGUIDED, schedule: Some(schedule), ..DrawOptions::new("") };
+        if !(1..=2 * MAX_BATCH).contains(&batch) {
+            return Err(Error::invalid_argument(format!("the batch is {batch}, must be in 1..={}", 2 * MAX_BATCH)));
+        }
+        let options = DrawOptions {
+            width,
+            height,
+            images_per_prompt: batch,
+            guidance: UNGUIDED,
+            schedule: Some(schedule),
+            ..DrawOptions::new("")
+        };
         let (height, width) = self.size(&options)?;
-        let shape = self.state_shape(1, height, width);
+        let shape = self.state_shape(batch, height, width);
         self.fits(schedule, shape)?;
         let every_time = PlanOptions::new(schedule.config().training.len().min(schedule::MAX_STEPS));
         let trajectory = Trajectory::new(Plan::new(&schedule.with_sampler(Sampler::Ddim)?, every_time)?, shape)?;
@@ -975,19 +1027,8 @@ fn describe(
     decoder: Option<&Vae>,
     encoder: Option<&Vae>,
 ) -> Result<PipelineInfo> {
-    let whole = |name: &str, value: &Value, most: u64| match value.as_u64() {
-        Some(number) if (1..=most).contains(&number) => Ok(number as usize),
-        _ => Err(Error::invalid_file(format!("{name} is {value}, must be a whole number in 1..={most}"))),
-    };
     let factor = decoder.map_or(1, |decoder| decoder.factor);
-    let most = (MAX_SIDE / factor) as u64;
-    let (height, width) = match config.get("sample_size") {
-        None | Some(Value::Null) => (64, 64),
-        Some(Value::Array(sides)) if sides.len() == 2 => {
-            (whole("sample_size", &sides[0], most)?, whole("sample_size", &sides[1], most)?)
-        }
-        Some(side) => (whole("sample_size", side, most)?, whole("sample_size", side, most)?),
-    };
+    let (height, width) = sample_size(config, factor)?;
     let unet = &unets[0];
     let shape = unet.shape();
     let latent_channels = match (shape.channels, config.get("in_channels")) {
@@ -1011,6 +1052,40 @@ fn describe(
         provider: unet.session().provider(),
         encodes_images: encoder.is_some() || decoder.is_none(),
     })
+}
+
+fn whole(name: &str, value: &Value, most: u64) -> Result<usize> {
+    match value.as_u64() {
+        Some(number) if (1..=most).contains(&number) => Ok(number as usize),
+        _ => Err(Error::invalid_file(format!("{name} is {value}, must be a whole number in 1..={most}"))),
+    }
+}
+
+/// Height and width of a full-sized state, of which a number stands for `factor` pixels of a side.
+fn sample_size(config: &Value, factor: usize) -> Result<(usize, usize)> {
+    let side = |value: &Value| whole("sample_size", value, (MAX_SIDE / factor) as u64);
+    match config.get("sample_size") {
+        None | Some(Value::Null) => Ok((64, 64)),
+        Some(Value::Array(sides)) if sides.len() == 2 => Ok((side(&sides[0])?, side(&sides[1])?)),
+        Some(both) => Ok((side(both)?, side(both)?)),
+    }
+}
+
+/// The states that the UNet of these stages will be asked about.
+fn expected_states(
+    config: &Value,
+    encoders: &[TextEncoder],
+    decoder: Option<&Vae>,
+    pictures: usize,
+    stages: RangeInclusive<usize>,
+) -> Result<ExpectedStates> {
+    let (height, width) = sample_size(config, decoder.map_or(1, |decoder| decoder.factor))?;
+    // Counts only where the graph leaves the channels open.
+    let channels = config.get("in_channels").and_then(Value::as_u64).map_or(3, |channels| channels.min(1024) as usize);
+    let chunk = encoders.first().map_or(1, |encoder| encoder.tokenizer.length());
+    let tokens = chunk..=chunk.saturating_mul(EXPECTED_CHUNKS);
+    let batch = pictures.clamp(1, MAX_BATCH) * 2;
+    Ok(ExpectedStates { batch, channels, height, width, stages, tokens })
 }
 
 /// The sinusoidal embedding of `1000 w` that distilled models take (arXiv 2310.04378, appendix; as for timesteps in
