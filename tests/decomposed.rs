@@ -751,8 +751,14 @@ fn what_is_wrong_with_a_schedule_is_named() {
     refused(karras, Status::Unsupported, "Karras");
     refused(json!({"_class_name": "PNDMScheduler"}), Status::Unsupported, "PNDMScheduler");
     assert_eq!(Schedule::from_json(b"[]").unwrap_err().status(), Status::InvalidFile);
-    let not_finite = Decomposition { turning_points: vec![360], lift_std: vec![f64::NAN], ..Decomposition::default() };
-    assert!(Schedule::new(Map::new(), not_finite).unwrap_err().message().contains("NaN"));
+    let one = || Decomposition { turning_points: vec![360], ..Decomposition::default() };
+    for not_finite in [
+        Decomposition { lift_std: vec![f64::NAN], ..one() },
+        Decomposition { attenuation: Attenuation { r: f64::NAN, q: 1.0 }, ..one() },
+        Decomposition { attenuation: Attenuation { r: 0.1, q: f64::NAN }, ..one() },
+    ] {
+        assert!(Schedule::new(Map::new(), not_finite).unwrap_err().message().contains("NaN"));
+    }
 }
 
 #[test]
