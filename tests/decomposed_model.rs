@@ -257,6 +257,10 @@ fn stages_may_have_unets_of_their_own() {
     assert_eq!((one.info().unets, two.info().unets), (1, 2));
     assert_eq!(draw(&mut two, &options).unwrap(), base);
     assert!(two.memory().weights > one.memory().weights);
+    // The weights that concepts act on are held once, keys and values for each.
+    let weights = one.unet().projections().unwrap().memory_bytes();
+    let added = two.composing_bytes() - one.composing_bytes();
+    assert!(added > 0 && added < weights, "{added} of {weights} bytes");
     let concept = every_fifth(&two);
     two.set_concepts(vec![concept]).unwrap();
     assert_eq!(draw(&mut two, &options).unwrap(), composed);

@@ -611,6 +611,14 @@ impl Pipeline {
         })
     }
 
+    /// Bytes of key and value weights and of bound keys and values, beside the models' own; what UNets share counts once.
+    pub fn composing_bytes(&self) -> usize {
+        let shared = |unet: &&Unet| unet.shares_projections(self.unet());
+        let again: usize =
+            self.unets[1..].iter().filter(shared).filter_map(Unet::projections).map(|all| all.memory_bytes()).sum();
+        self.unets.iter().map(Unet::memory_bytes).sum::<usize>() - again
+    }
+
     /// Draws images, prompt by prompt.
     ///
     /// The result depends on the options and the concepts alone, not on threads of this library or on earlier draws.
