@@ -11,17 +11,35 @@ def features(pictures, folder):
     return np.concatenate([session.run(["features"], {"picture": x[i : i + 250]})[0] for i in range(0, len(x), 250)])
 
 
-def kernel_distance(a, b):
-    """KID (Binkowski et al. 2018, arXiv 1801.01401): unbiased squared maximum mean discrepancy under (x . y / D + 1)^3."""
+def _kernel(x, y):
+    return (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
 
-    def kernel(x, y):
-        return (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
 
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+def _within(kernel):
+    """The mean over pairs of different pictures."""
+    return (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
 
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
+
+class KernelDistance:
+    """KID (Binkowski et al. 2018, arXiv 1801.01401) to a reference: the unbiased squared maximum mean discrepancy under the
+    kernel (x . y / D + 1)^3. Kernels are computed once, since intervals ask for many parts of the same pictures."""
+
+    def __init__(self, reference):
+        self.reference, self.kernel = reference, _kernel(reference, reference)
+        self.within = _within(self.kernel)
+
+    def of(self, seen):
+        """A function that gives the distance of some rows of `seen`: to the same rows of the reference if it has as many,
+        else to all of it."""
+        own, across = _kernel(seen, seen), _kernel(seen, self.reference)
+
+        def distance(rows):
+            square = np.ix_(rows, rows)
+            if len(seen) == len(self.reference):
+                return _within(own[square]) + _within(self.kernel[square]) - 2 * across[square].mean()
+            return _within(own[square]) + self.within - 2 * across[rows].mean()
+
+        return distance
 
 
 def frechet_distance(a, b):

@@ -28,7 +28,7 @@ import export
 import macula
 import probe
 import vocabulary as words
-from distances import features, frechet_distance, interval, kernel_distance
+from distances import KernelDistance, features, frechet_distance, interval
 
 BATCH = 2  # pictures of a prompt
 
@@ -100,6 +100,7 @@ class Judges:
 
     def __init__(self, folder, scenes, reference):
         self.folder, self.reference = folder, features(reference, folder)
+        self.distance = KernelDistance(self.reference)
         self.wanted = [[probe.LABELS.index(noun) for noun in scene.nouns] for scene in scenes for _ in range(BATCH)]
 
     def see(self, pictures):
@@ -109,17 +110,12 @@ class Judges:
         right = np.array([row[wanted].all() for row, wanted in zip(hits, self.wanted)])
         return features(pictures, self.folder), right
 
-    def distance(self, seen, rows):
-        """The kernel distance of some features to as many of the reference, or, if those are more, to all of them."""
-        reference = self.reference[rows] if len(self.reference) == len(seen) else self.reference
-        return kernel_distance(seen[rows], reference)
-
     def rate(self, pictures):
         """Figures of pictures of the first scenes."""
         seen, right = self.see(pictures)
         return {
             "pictures": len(seen),
-            "kernel_distance": interval(lambda rows: self.distance(seen, rows), len(seen) // BATCH, BATCH),
+            "kernel_distance": interval(self.distance.of(seen), len(seen) // BATCH, BATCH),
             "every_object_found": evaluate.wilson(int(right.sum()), len(right)),
         }
 
@@ -127,7 +123,8 @@ class Judges:
         """The first process against the second, on the same prompts and seeds."""
         (seen, right), (other, other_right) = self.see(ours.pictures), self.see(theirs.pictures)
         prompts = len(seen) // BATCH
-        ratio = interval(lambda rows: self.distance(seen, rows) / self.distance(other, rows), prompts, BATCH)
+        distance, other_distance = self.distance.of(seen), self.distance.of(other)
+        ratio = interval(lambda rows: distance(rows) / other_distance(rows), prompts, BATCH)
         points = interval(lambda rows: 100 * (right[rows].mean() - other_right[rows].mean()), prompts, BATCH)
         return {
             "against": f"{theirs.name}, {theirs.steps} steps",
