@@ -1,5 +1,5 @@
 //! A denoising step, the opening of a model and its memory, beside the same model, untouched, in Python's onnxruntime
-//! with as many threads; and what it costs to switch concepts, beside a new session.
+//! with as many threads; what it costs to switch concepts, beside a new session; and what a decomposed process saves.
 //!
 //! Both sides take turns in one run. Prints one JSON object a line: `name`, `value`, `bound`, `note`. The model of Stable
 //! Diffusion's size has random weights and is made on the first run; `MACULA_BENCH_SMALL` leaves it out.
@@ -10,6 +10,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use macula::concept::{Composition, GatheredConcept, Indices, Layer, NeuronSet, Projections, Rows};
+use macula::diffusion::decomposed::{Plan, Schedule};
+use macula::diffusion::schedule::PlanOptions;
 use macula::diffusion::unet::{Conditioning, Unet, UnetOptions};
 use macula::progress::CancelToken;
 use macula::runtime::{Runtime, RuntimeOptions};
@@ -25,12 +27,14 @@ fn main() -> Outcome {
     let small = Case::small(2);
     let steps = step_ratio(&small, 40)?;
     figure("unet_step_ratio_small", steps, "<= 1.02", "the shipped UNet, batch 2, 64 x 64, median of 40 steps each");
+    decomposed(&small, 20, "small")?;
     if support::small_only() {
         return Ok(());
     }
     let large = Case::full_size(2)?;
     let steps = step_ratio(&large, 5)?;
     figure("unet_step_ratio_sd15", steps, "<= 1.02", "batch 2, 64 x 64, 77 tokens, median of 5 steps each");
+    decomposed(&large, 3, "sd15")?;
     opening(&large)?;
     memory(&large)
 }
@@ -73,8 +77,16 @@ impl Ours {
     }
 
     fn step(&mut self) -> Outcome<f64> {
+        self.step_at(0)
+    }
+
+    /// A step on states whose sides are halved `stage` times.
+    fn step_at(&mut self, stage: usize) -> Outcome<f64> {
+        let [batch, channels, height, width] = self.shape;
+        let shape = [batch, channels, height >> stage, width >> stage];
+        let sample = &self.sample[..shape.iter().product()];
         let start = Instant::now();
-        self.unet.denoise(&self.sample, self.shape, self.timestep, &CancelToken::new())?;
+        self.unet.denoise(sample, shape, self.timestep, &CancelToken::new())?;
         self.timestep -= 1.0;
         Ok(start.elapsed().as_secs_f64())
     }
@@ -93,6 +105,35 @@ fn step_ratio(case: &Case, runs: usize) -> Outcome<f64> {
     let (mine, theirs) = (median(mine), median(theirs));
     eprintln!("{}: a step takes {:.1} ms, the peer's {:.1} ms", case.model.display(), mine * 1e3, theirs * 1e3);
     Ok(mine / theirs)
+}
+
+/// What a decomposed walk takes, as a share of the plain one of as many steps, put together from steps at each stage's size;
+/// and the share of the saving of pixels that it saves in time.
+fn decomposed(case: &Case, runs: usize, name: &str) -> Outcome {
+    let schedule = Schedule::from_json(br#"{"turning_points": [360, 720]}"#)?;
+    let plan = Plan::new(&schedule, PlanOptions::new(25))?;
+    let calls = plan.calls();
+    let mut ours = Ours::open(case, None)?;
+    let mut seconds = vec![Vec::new(); calls.len()];
+    for run in 0..=runs {
+        for (stage, seconds) in seconds.iter_mut().enumerate() {
+            let step = ours.step_at(stage)?;
+            // The first step at a size takes longer.
+            if run > 0 {
+                seconds.push(step);
+            }
+        }
+    }
+    let seconds: Vec<f64> = seconds.into_iter().map(median).collect();
+    let plain = seconds[0] * plan.len() as f64;
+    let ratio = calls.iter().zip(&seconds).map(|(calls, seconds)| *calls as f64 * seconds).sum::<f64>() / plain;
+    let pixels = plan.pixel_evaluations(case.side, case.side) as f64 / (plan.len() * case.side * case.side) as f64;
+    let steps: Vec<String> = seconds.iter().map(|seconds| format!("{:.1} ms", seconds * 1e3)).collect();
+    let note = format!("25 steps with turning points 360 and 720; a step takes {}", steps.join(", "));
+    figure(&format!("decomposed_time_ratio_{name}"), ratio, "<= 0.6", &note);
+    let note = format!("saving in time over saving in pixels, {:.2}", 1.0 - pixels);
+    figure(&format!("decomposed_saving_share_{name}"), (1.0 - ratio) / (1.0 - pixels), ">= 0.8", &note);
+    Ok(())
 }
 
 /// Opening with and without a warm cache, and a switch of concepts against a new session.

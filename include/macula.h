@@ -1402,6 +1402,9 @@ macula_status macula_concept_overlap(const macula_concept *first,
  * `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and, for a latent model, `vae_decoder/`; `vae_encoder/` to start
  * from images; `text_encoder_2/` and `tokenizer_2/` for SDXL). It does one job at a time: a draw, an encoding, a
  * denoising step or a change of its composition. For jobs side by side, open it more than once.
+ *
+ * Where the stages of a decomposed process have models of their own, `unet_1/`, `unet_2/` and so on (links will do) are
+ * those of stage 1, stage 2; the last one serves all later stages. Concepts act on those with the weights of `unet/`.
  * ============================================================================================================== */
 
 /**
@@ -1421,12 +1424,22 @@ typedef struct {
    * How its models are run. May be NULL: the values of `MACULA_SESSION_OPTIONS_INIT`. Default: `NULL`.
    */
   const macula_session_options *session;
+  /**
+   * TensorRT without `profiles`: the most pictures of a draw, 0 for 1. The UNet is built for up to twice as many states, as
+   * with guidance, at the model's own size, and for prompts of up to 4 times `prompt_tokens`. Default: `0`.
+   */
+  uint32_t pictures;
+  /**
+   * TensorRT without `profiles`: the stages of the schedule that will be walked, which the UNet is built for; 0 for those of
+   * the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
+   */
+  uint32_t stages;
 } macula_pipeline_options;
 
 /**
  * The defaults: `macula_pipeline_options x = MACULA_PIPELINE_OPTIONS_INIT;`
  */
-#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL }
+#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL, 0, 0 }
 
 /**
  * What a pipeline is. The texts belong to the pipeline handle.
@@ -1478,6 +1491,10 @@ typedef struct {
    */
   size_t prompt_features;
   /**
+   * UNets: more than 1 if stages of a decomposed process have their own.
+   */
+  size_t unet_count;
+  /**
    * Number of K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
    */
   size_t projection_count;
@@ -1494,7 +1511,7 @@ typedef struct {
 /**
  * An empty struct to be filled in: `macula_pipeline_info x = MACULA_PIPELINE_INFO_INIT;`
  */
-#define MACULA_PIPELINE_INFO_INIT { sizeof(macula_pipeline_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define MACULA_PIPELINE_INFO_INIT { sizeof(macula_pipeline_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 
 /**
@@ -1644,8 +1661,8 @@ macula_status macula_composition_clear(macula_pipeline *pipeline);
  * schedule without turning points is the plain process.
  *
  * In stage k the sides are halved k times, and a state holds orthonormal coordinates: 2^k times the mean of each block of
- * 2^k x 2^k pixels. Times run from 0 (clean) to
- * `train_timesteps`; time t is the model's timestep t - 1.
+ * 2^k x 2^k pixels. Times run from 0 (clean) to `train_timesteps`; time t is the model's timestep t - 1. A model may be
+ * trained for the process; with `ordinary_models` those of several resolutions serve as they are, without fading.
  * ============================================================================================================== */
 
 /**
@@ -1867,7 +1884,9 @@ typedef int32_t macula_sampler;
  *   optional: `turning_points`, rising times in 2 to `train_timesteps - 1`; `attenuation` `{"r", "q"}`, the signal of what
  *   is dropped at time T being `r^((t / T)^q)` of a plain process's, r in (0, 1], q in [1, 1000]; `lift_std`, a number for
  *   each turning point: the root mean square of the clean coordinates that are dropped there; `stage_class_labels` and
- *   `stage_sizes`, a whole number for each stage. Not NULL.
+ *   `stage_sizes`, a whole number for each stage; `ordinary_models`, true if the models are ordinary ones of pictures of
+ *   each stage's size, which were not trained for the process: they are told the timestep of the noise that the means of
+ *   blocks have, and nothing may fade (r = 1). Not NULL.
  * - `out_schedule`: receives the schedule; not NULL. Free it with `macula_schedule_free`.
  *
  * Errors: `INVALID_FILE` and `UNSUPPORTED` naming the field, its value and its range. Any thread.
@@ -1936,12 +1955,13 @@ macula_status macula_schedule_get_component(const macula_schedule *schedule,
 /**
  * Whether a pipeline's model can be walked by a schedule: that it is no other model's, and that the UNet takes every
  * stage's size. One prediction is made for each size that was not drawn before, so that a provider that builds something
- * for a size has built it when this returns.
+ * for a size has built it when this returns: a draw of as many states then begins at once.
  *
  * - `schedule`: a live schedule; not NULL.
  * - `pipeline`: a live pipeline; not NULL.
  * - `width`: pixels in a row of the pictures that are to be drawn; 0 for the model's own.
  * - `height`: rows, likewise.
+ * - `batch`: states that the model will see at once, 1 to 512: the pictures of a draw, twice as many with guidance; 0 for 1.
  * - `cancel`: stops the check from another thread; may be NULL.
  *
  * Errors: `INVALID_ARGUMENT` with the difference or the stage whose size is refused; `RUNTIME_FAILED`, naming the stage;
@@ -1951,6 +1971,7 @@ macula_status macula_schedule_check(const macula_schedule *schedule,
                                     macula_pipeline *pipeline,
                                     uint32_t width,
                                     uint32_t height,
+                                    uint32_t batch,
                                     const macula_cancel_token *cancel);
 
 /**
@@ -2253,7 +2274,8 @@ typedef struct {
   const char *negative_prompt;
   /**
    * A decomposed process, in place of the model's plain one: early steps see smaller states and take less time. The model
-   * must have been trained for it; `macula_pipeline_get_schedule` gives the one that came with it. May be NULL.
+   * must have been trained for it (`macula_pipeline_get_schedule` gives the one that came with it), or the schedule be one
+   * of `ordinary_models`. May be NULL.
    * Default: `NULL`.
    */
   const macula_schedule *schedule;
@@ -2685,12 +2707,17 @@ typedef struct {
    * first. Default: `0`.
    */
   size_t first_conditional;
+  /**
+   * Stage of a decomposed process that the states are of, for a pipeline whose stages have UNets of their own.
+   * Default: `0`.
+   */
+  size_t stage;
 } macula_denoise_inputs;
 
 /**
  * The defaults: `macula_denoise_inputs x = MACULA_DENOISE_INPUTS_INIT;`
  */
-#define MACULA_DENOISE_INPUTS_INIT { sizeof(macula_denoise_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0.0, 0 }
+#define MACULA_DENOISE_INPUTS_INIT { sizeof(macula_denoise_inputs), NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0.0, 0, 0 }
 
 
 /**

@@ -553,6 +553,46 @@ fn the_last_component_has_the_coefficients_of_the_plain_process() {
     }
 }
 
+/// An ordinary model of smaller pictures knows the means of blocks at a variance-preserving level: its best prediction must
+/// lead where the best prediction for the coordinates themselves leads.
+#[test]
+fn ordinary_models_serve_later_stages_at_the_effective_noise_level() {
+    let bars = linear();
+    for class in ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"] {
+        for prediction in ["epsilon", "v_prediction", "sample"] {
+            let trained = schedule(class, prediction, &[360, 720], 1.0, &[0.0, 0.3]);
+            let ordinary = Decomposition { ordinary_models: true, ..trained.decomposition().clone() };
+            let ordinary = trained.with_decomposition(ordinary).unwrap();
+            let plan_of = |schedule| Plan::new(schedule, PlanOptions::new(25)).unwrap();
+            let (trained, ordinary) = (plan_of(&trained), plan_of(&ordinary));
+            for (theirs, ours) in trained.steps().iter().zip(ordinary.steps()) {
+                assert_eq!((theirs.stage, theirs.lift), (ours.stage, ours.lift));
+                if theirs.stage == 0 {
+                    assert_eq!(theirs, ours);
+                    continue;
+                }
+                let (unit, plain) = (f64::from(1 << theirs.stage), *theirs.last());
+                let norm = (unit * plain.signal).hypot(plain.sigma);
+                let model = Step { signal: unit * plain.signal / norm, sigma: plain.sigma / norm, ..plain };
+                let alpha_bar = model.signal * model.signal;
+                for (theirs, ours) in theirs.components.iter().zip(&ours.components) {
+                    assert!((ours.input_scale * norm - 1.0).abs() < 1e-12);
+                    let p = best(prediction, &plain, LOW, plain.signal * plain.signal);
+                    let q = ours.input_scale * best(prediction, &model, LOW / (unit * unit), alpha_bar);
+                    let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{class}, {prediction}: {a} is not {b}");
+                    close(ours.clean(1.0, q), theirs.clean(1.0, p));
+                    close(ours.next(1.0, 0.7, q), theirs.next(1.0, 0.7, p));
+                    close(ours.next_noise, theirs.next_noise);
+                    // The timestep that it is told has its signal power.
+                    let around = [ours.timestep.floor(), ours.timestep.ceil()].map(|t| bars[t as usize]);
+                    assert!(around[0] + 1e-6 > alpha_bar && around[1] < alpha_bar + 1e-6, "{around:?}, {alpha_bar}");
+                    assert!(ours.timestep < theirs.timestep);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_walk_can_begin_at_any_step_from_a_clean_state() {
     let schedule = schedule("DDIMScheduler", "epsilon", &[360, 720], 0.1, &[]);
@@ -660,6 +700,9 @@ fn a_schedule_is_the_same_after_writing_and_reading() {
     for (name, value) in text.as_object().unwrap() {
         assert_eq!(written[name], *value, "{name}");
     }
+    let ordinary = Schedule::from_json(br#"{"turning_points": [500], "ordinary_models": true}"#).unwrap();
+    assert!(ordinary.decomposition().ordinary_models && !schedule.decomposition().ordinary_models);
+    assert_eq!(Schedule::from_json(ordinary.to_json().as_bytes()).unwrap(), ordinary);
     let exact = schedule.with_decomposition(Decomposition::default()).unwrap();
     assert!(exact.turning_points().is_empty() && exact.config() == schedule.config());
 }
@@ -695,6 +738,8 @@ fn what_is_wrong_with_a_schedule_is_named() {
     ] {
         refused(json!({"attenuation": attenuation}), Status::InvalidFile, named);
     }
+    refused(json!({"ordinary_models": true}), Status::InvalidFile, "r = 0.1, but ordinary_models");
+    refused(json!({"ordinary_models": 1}), Status::InvalidFile, "ordinary_models is 1, must be true or false");
     refused(json!({"lift_std": [0.1]}), Status::InvalidFile, "lift_std has 1 values");
     refused(json!({"lift_std": [0.1, -1.0]}), Status::InvalidFile, "lift_std holds -1");
     refused(json!({"stage_class_labels": [1, 2]}), Status::InvalidFile, "stage_class_labels has 2 values");
@@ -706,8 +751,14 @@ fn what_is_wrong_with_a_schedule_is_named() {
     refused(karras, Status::Unsupported, "Karras");
     refused(json!({"_class_name": "PNDMScheduler"}), Status::Unsupported, "PNDMScheduler");
     assert_eq!(Schedule::from_json(b"[]").unwrap_err().status(), Status::InvalidFile);
-    let not_finite = Decomposition { turning_points: vec![360], lift_std: vec![f64::NAN], ..Decomposition::default() };
-    assert!(Schedule::new(Map::new(), not_finite).unwrap_err().message().contains("NaN"));
+    let one = || Decomposition { turning_points: vec![360], ..Decomposition::default() };
+    for not_finite in [
+        Decomposition { lift_std: vec![f64::NAN], ..one() },
+        Decomposition { attenuation: Attenuation { r: f64::NAN, q: 1.0 }, ..one() },
+        Decomposition { attenuation: Attenuation { r: 0.1, q: f64::NAN }, ..one() },
+    ] {
+        assert!(Schedule::new(Map::new(), not_finite).unwrap_err().message().contains("NaN"));
+    }
 }
 
 #[test]

@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 
 use macula::Status;
 use macula::concept::{GatheredConcept, Indices, Layer, NeuronSet};
+use macula::diffusion::decomposed::operators::{Size, down};
 use macula::diffusion::decomposed::{Decomposition, Plan, Schedule, Trajectory};
 use macula::diffusion::guidance::{Guidance, StepReport};
 use macula::diffusion::noise::standard_normal;
-use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Images, Pipeline, Start};
+use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Expected, Images, Pipeline, Start};
 use macula::diffusion::schedule::{PlanOptions, Sampler};
 use macula::diffusion::unet::UnetOptions;
+use macula::onnx::{Limits, Model};
 use macula::progress::{CancelToken, Job};
-use macula::runtime::{Runtime, RuntimeOptions};
+use macula::runtime::{Provider, Runtime, RuntimeOptions, TensorRtOptions};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -24,11 +26,15 @@ fn folder() -> PathBuf {
 }
 
 fn pipeline() -> Pipeline {
+    pipeline_of(&folder().join("onnx"))
+}
+
+fn pipeline_of(folder: &Path) -> Pipeline {
     support::onnxruntime();
     let mut options = UnetOptions::default();
     options.session.intra_threads = 1;
     options.threads = 1;
-    Pipeline::open(&Runtime::load(&RuntimeOptions::default()).unwrap(), folder().join("onnx"), &options).unwrap()
+    Pipeline::open(&Runtime::load(&RuntimeOptions::default()).unwrap(), folder, &options).unwrap()
 }
 
 /// A digest of the files that the Python side runs.
@@ -61,7 +67,7 @@ fn predict(
     let (conditioning, _) = pipeline.condition(&texts, label, (64, 64), &cancel).unwrap();
     let doubled = [2 * shape[0], shape[1], shape[2], shape[3]];
     let both = [state, state].concat();
-    let both = pipeline.denoise(&both, doubled, timestep, &conditioning, count, None, &cancel).unwrap();
+    let both = pipeline.denoise(&both, doubled, timestep, 0, &conditioning, count, None, &cancel).unwrap();
     guidance.combine(&both[..state.len()], &both[state.len()..], count).unwrap()
 }
 
@@ -129,9 +135,16 @@ fn options(schedule: &Schedule) -> DrawOptions<'_> {
 #[test]
 fn a_draw_is_the_walk_driven_step_by_step_with_the_seeds_noise() {
     let mut pipeline = pipeline();
-    let schedule = pipeline.schedule().unwrap().clone();
-    for (sampler, eta) in [(None, 0.5), (Some(Sampler::Ddpm), 0.0), (Some(Sampler::DpmMultistep), 0.0)] {
-        let mut options = options(&schedule);
+    let trained = pipeline.schedule().unwrap().clone();
+    let ordinary = ordinary(&trained);
+    for (schedule, sampler, eta) in [
+        (&trained, None, 0.5),
+        (&trained, Some(Sampler::Ddpm), 0.0),
+        (&trained, Some(Sampler::DpmMultistep), 0.0),
+        (&ordinary, None, 0.5),
+        (&ordinary, Some(Sampler::DpmMultistep), 0.0),
+    ] {
+        let mut options = options(schedule);
         (options.sampler, options.eta) = (sampler, eta);
         let mut states: Vec<(Vec<f32>, [usize; 4])> = Vec::new();
         let mut on_step = |report: &StepReport<'_>| {
@@ -151,7 +164,8 @@ fn a_draw_is_the_walk_driven_step_by_step_with_the_seeds_noise() {
             let noise = step.needs_noise().then(|| normal(11, index as u32 + 1, shape));
             let lift = step.lift.map(|_| normal(11, u32::MAX - (stage as u32 - 1), trajectory.shape_at(stage - 1)));
             let timestep = step.timestep();
-            let prediction = predict(&mut pipeline, &prompts, options.guidance, label, &state, shape, timestep);
+            let input = trajectory.model_input(&state).unwrap();
+            let prediction = predict(&mut pipeline, &prompts, options.guidance, label, &input, shape, timestep);
             trajectory.step(&mut state, &prediction, noise.as_deref(), lift.as_deref()).unwrap();
             assert_eq!(states[index].1, trajectory.shape());
             assert_eq!(states[index].0, state, "{sampler:?}: after step {index}");
@@ -160,13 +174,60 @@ fn a_draw_is_the_walk_driven_step_by_step_with_the_seeds_noise() {
     }
 }
 
-#[test]
-fn concepts_cancelling_and_a_later_start_work_in_a_decomposed_draw() {
-    let mut pipeline = pipeline();
-    let schedule = pipeline.schedule().unwrap().clone();
-    let mut options = options(&schedule);
-    let base = pipeline.draw(&options, None, &mut Job::default()).unwrap();
+/// The shipped UNet as two ordinary models: of pictures of 64 and of 32 pixels.
+fn ordinary(trained: &Schedule) -> Schedule {
+    let decomposition = Decomposition {
+        turning_points: vec![500],
+        stage_class_labels: vec![0, 4],
+        ordinary_models: true,
+        ..Decomposition::default()
+    };
+    trained.with_decomposition(decomposition).unwrap()
+}
 
+#[test]
+fn an_ordinary_model_of_half_the_size_sees_what_the_noise_leaves() {
+    let mut pipeline = pipeline();
+    let schedule = ordinary(pipeline.schedule().unwrap());
+    let untold = Decomposition { ordinary_models: false, ..schedule.decomposition().clone() };
+    let untold = schedule.with_decomposition(untold).unwrap();
+    let mut options = options(&schedule);
+    (options.schedule, options.guidance.scale, options.steps) = (None, 1.0, 25);
+    let picture = pipeline.draw(&options, None, &mut Job::default()).unwrap();
+    let (clean, _) = pipeline.encode_images(&picture, &CancelToken::new()).unwrap();
+    let means: Vec<f32> =
+        down(&clean, Size { planes: 6, height: 64, width: 64 }).unwrap().iter().map(|x| x / 2.0).collect();
+    // Root mean square error of the picture that is predicted from time 520.
+    let mut error = |schedule: &Schedule| {
+        let mut options = options.clone();
+        (options.schedule, options.start) = (Some(schedule), Start::Images { images: &picture, step: 12 });
+        let mut squares = 0.0;
+        let mut on_step = |report: &StepReport<'_>| {
+            assert_eq!(report.clean_shape, [2, 3, 32, 32]);
+            squares = report.clean.iter().zip(&means).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+            ControlFlow::Break(())
+        };
+        assert!(pipeline.draw(&options, Some(&mut on_step), &mut Job::default()).is_err());
+        (squares / means.len() as f64).sqrt()
+    };
+    let (told, not_told) = (error(&schedule), error(&untold));
+    println!("error {told:.3} at the effective timestep, {not_told:.3} at the schedule's own");
+    assert!(told < 0.15 && told < 0.8 * not_told, "{told} and {not_told}");
+}
+
+/// The shipped folder with a UNet of its own for stage 1.
+fn folder_with_second_unet(unet: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for part in std::fs::read_dir(self::folder().join("onnx")).unwrap() {
+        let part = part.unwrap();
+        std::os::unix::fs::symlink(part.path(), folder.path().join(part.file_name())).unwrap();
+    }
+    std::os::unix::fs::symlink(unet, folder.path().join("unet_1")).unwrap();
+    folder
+}
+
+/// A concept of every fifth weight.
+fn every_fifth(pipeline: &Pipeline) -> AppliedConcept {
     let projections = pipeline.unet().projections().unwrap().clone();
     let layers = projections.as_slice().iter().map(|one| {
         let weights = one.out_features * one.in_features;
@@ -176,7 +237,80 @@ fn concepts_cancelling_and_a_later_start_work_in_a_decomposed_draw() {
     });
     let neurons = NeuronSet::new(layers.collect()).unwrap();
     let concept = GatheredConcept::from_neurons(&neurons, &projections, pipeline.unet().pool()).unwrap();
-    pipeline.set_concepts(vec![AppliedConcept { concept, strength: 1.0, scope: ConceptScope::Global }]).unwrap();
+    AppliedConcept { concept, strength: 1.0, scope: ConceptScope::Global }
+}
+
+#[test]
+fn stages_may_have_unets_of_their_own() {
+    let mut one = pipeline();
+    let schedule = one.schedule().unwrap().clone();
+    let options = options(&schedule);
+    let draw = |pipeline: &mut Pipeline, options: &DrawOptions<'_>| pipeline.draw(options, None, &mut Job::default());
+    let base = draw(&mut one, &options).unwrap();
+    let concept = every_fifth(&one);
+    one.set_concepts(vec![concept]).unwrap();
+    let composed = draw(&mut one, &options).unwrap();
+
+    // The same weights twice: the same pictures, and concepts act in both.
+    let twins = folder_with_second_unet(&folder().join("onnx/unet"));
+    let mut two = pipeline_of(twins.path());
+    assert_eq!((one.info().unets, two.info().unets), (1, 2));
+    assert_eq!(draw(&mut two, &options).unwrap(), base);
+    assert!(two.memory().weights > one.memory().weights);
+    // The weights that concepts act on are held once, keys and values for each.
+    let weights = one.unet().projections().unwrap().memory_bytes();
+    let added = two.composing_bytes() - one.composing_bytes();
+    assert!(added > 0 && added < weights, "{added} of {weights} bytes");
+    let concept = every_fifth(&two);
+    two.set_concepts(vec![concept]).unwrap();
+    assert_eq!(draw(&mut two, &options).unwrap(), composed);
+
+    // Keys of zeros in the second one: stages 1 and 2 draw otherwise, stage 0 does not.
+    let other = tempfile::tempdir().unwrap();
+    let mut model = Model::open(folder().join("onnx/unet/model.onnx"), &Limits::default()).unwrap();
+    let graph = model.graph_mut();
+    let keys = graph.initializer.iter_mut().find(|tensor| tensor.name().ends_with("attn2.to_k.weight")).unwrap();
+    keys.raw_data = Some(vec![0; keys.raw_data().len()].into());
+    std::fs::write(other.path().join("model.onnx"), model.to_bytes().unwrap()).unwrap();
+    let strangers = folder_with_second_unet(other.path());
+    let mut two = pipeline_of(strangers.path());
+    two.check_schedule(&schedule, None, None, 2, &CancelToken::new()).unwrap();
+    assert_ne!(draw(&mut two, &options).unwrap(), base);
+    let mut plain = options.clone();
+    plain.schedule = None;
+    one.set_concepts(Vec::new()).unwrap();
+    assert_eq!(draw(&mut two, &plain).unwrap(), draw(&mut one, &plain).unwrap());
+    // Concepts are of the first one's weights: they act where it draws alone, and nowhere else.
+    let concept = every_fifth(&two);
+    two.set_concepts(vec![concept]).unwrap();
+    let error = draw(&mut two, &options).unwrap_err();
+    assert!(error.message().contains("unet_1, which serves stage 1, has others"), "{error}");
+    draw(&mut two, &plain).unwrap();
+}
+
+#[test]
+fn single_steps_are_predicted_by_the_unet_of_their_stage() {
+    let twins = folder_with_second_unet(&folder().join("onnx/unet"));
+    let mut pipeline = pipeline_of(twins.path());
+    let cancel = CancelToken::new();
+    let (conditioning, _) = pipeline.condition(&["a tiger".to_owned()], 2, (64, 64), &cancel).unwrap();
+    let state = normal(3, 0, [1, 3, 32, 32]);
+    let mut step =
+        |stage| pipeline.denoise(&state, [1, 3, 32, 32], 500.0, stage, &conditioning, 0, None, &cancel).unwrap();
+    let first = step(0);
+    for stage in [1, 2, 0, 1] {
+        assert_eq!(step(stage), first);
+    }
+}
+
+#[test]
+fn concepts_cancelling_and_a_later_start_work_in_a_decomposed_draw() {
+    let mut pipeline = pipeline();
+    let schedule = pipeline.schedule().unwrap().clone();
+    let mut options = options(&schedule);
+    let base = pipeline.draw(&options, None, &mut Job::default()).unwrap();
+    let concept = every_fifth(&pipeline);
+    pipeline.set_concepts(vec![concept]).unwrap();
     assert_ne!(pipeline.draw(&options, None, &mut Job::default()).unwrap(), base);
     pipeline.set_concepts(Vec::new()).unwrap();
     assert_eq!(pipeline.draw(&options, None, &mut Job::default()).unwrap(), base);
@@ -213,10 +347,40 @@ fn concepts_cancelling_and_a_later_start_work_in_a_decomposed_draw() {
 }
 
 #[test]
+fn class_labels_are_refused_for_a_model_without_classes() {
+    let folder = support::fixture("pipelines.py", &["pixel"]).join("model");
+    let mut pipeline = pipeline_of(&folder);
+    let text = std::fs::read(folder.join("scheduler/scheduler_config.json")).unwrap();
+    let mut scheduler: serde_json::Map<String, Value> = serde_json::from_slice(&text).unwrap();
+    scheduler.insert("_class_name".to_owned(), "DDIMScheduler".into());
+    let decomposition =
+        Decomposition { turning_points: vec![500], stage_class_labels: vec![1, 2], ..Decomposition::default() };
+    let labelled = Schedule::new(scheduler, decomposition).unwrap();
+    let error = pipeline.check_schedule(&labelled, None, None, 1, &CancelToken::new()).unwrap_err();
+    assert!(error.message().contains("this UNet takes no class"), "{error}");
+    let unlabelled = Decomposition { stage_class_labels: Vec::new(), ..labelled.decomposition().clone() };
+    let unlabelled = labelled.with_decomposition(unlabelled).unwrap();
+    pipeline.check_schedule(&unlabelled, None, None, 1, &CancelToken::new()).unwrap();
+}
+
+/// TensorRT is not on this machine: its options are made, then the CPU takes over.
+#[test]
+fn what_is_expected_of_tensorrt_is_known_before_a_session_is_made() {
+    support::onnxruntime();
+    let mut options = UnetOptions::default();
+    options.session.provider = Provider::TensorRt(TensorRtOptions::default());
+    options.session.fallback = true;
+    let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
+    let expected = Expected { pictures: 4, stages: 3 };
+    let pipeline = Pipeline::open_expecting(&runtime, folder().join("onnx"), &options, expected).unwrap();
+    assert!(pipeline.unet().session().fallback_reason().unwrap().contains("TensorRT"));
+}
+
+#[test]
 fn a_schedule_that_does_not_fit_is_refused_before_the_first_step() {
     let mut pipeline = pipeline();
     let schedule = pipeline.schedule().unwrap().clone();
-    pipeline.check_schedule(&schedule, None, None, &CancelToken::new()).unwrap();
+    pipeline.check_schedule(&schedule, None, None, 2, &CancelToken::new()).unwrap();
     let with = |turning_points: &[usize], stage_sizes: &[usize]| {
         let decomposition = Decomposition {
             turning_points: turning_points.to_vec(),
@@ -242,7 +406,7 @@ fn a_schedule_that_does_not_fit_is_refused_before_the_first_step() {
         let error = pipeline.draw(&options(&schedule), Some(&mut on_step), &mut Job::default()).unwrap_err();
         assert_eq!((error.status(), steps), (Status::InvalidArgument, 0), "{error}");
         assert!(error.message().contains(named), "{error}");
-        let error = pipeline.check_schedule(&schedule, None, None, &CancelToken::new()).unwrap_err();
+        let error = pipeline.check_schedule(&schedule, None, None, 2, &CancelToken::new()).unwrap_err();
         assert!(error.message().contains(named), "{error}");
     }
     let mut karras = options(&schedule);

@@ -3,6 +3,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
+use std::slice::from_mut;
 
 use macula::concept::{Composition, GatheredConcept, Indices, Layer, NeuronSet, Rows};
 use macula::diffusion::guidance::{Guidance, Noise, StepReport, Walk};
@@ -200,7 +201,7 @@ fn walks_of_every_sampler_agree_with_diffusers() {
             clean: None,
             on_step: Some(&mut on_step),
         };
-        walk.run(&mut unet, &mut Job::default()).unwrap();
+        walk.run(from_mut(&mut unet), &mut Job::default()).unwrap();
         println!("{}: worst state {worst:.1e}", case["config"]["_class_name"]);
         assert!(worst < 1e-4, "{}: {worst:e}", case["config"]);
     }
@@ -225,10 +226,10 @@ fn a_nan_is_named_by_its_step_and_a_cancelled_walk_leaves_no_trace() {
         on_step: None,
     };
     let seeded = |seed| Noise { seed, ..Noise::default() };
-    let first = walk(seeded(7)).run(&mut unet, &mut Job::default()).unwrap();
+    let first = walk(seeded(7)).run(from_mut(&mut unet), &mut Job::default()).unwrap();
     let mut poisoned = |step: usize, out: &mut [f32]| out.fill(if step == 3 { f32::NAN } else { 0.5 });
     let noise = Noise { step: Some(&mut poisoned), ..seeded(7) };
-    let error = walk(noise).run(&mut unet, &mut Job::default()).unwrap_err();
+    let error = walk(noise).run(from_mut(&mut unet), &mut Job::default()).unwrap_err();
     assert_eq!(error.status(), Status::NotFinite);
     assert!(error.message().contains("step 4 of 6"), "{error}");
 
@@ -236,8 +237,9 @@ fn a_nan_is_named_by_its_step_and_a_cancelled_walk_leaves_no_trace() {
         let mut on_step = |report: &StepReport<'_>| {
             if report.step == stop { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
         };
-        let error =
-            Walk { on_step: Some(&mut on_step), ..walk(seeded(7)) }.run(&mut unet, &mut Job::default()).unwrap_err();
+        let error = Walk { on_step: Some(&mut on_step), ..walk(seeded(7)) }
+            .run(from_mut(&mut unet), &mut Job::default())
+            .unwrap_err();
         assert_eq!(error.status(), Status::Cancelled);
         let job_token = CancelToken::new();
         let token = job_token.clone();
@@ -248,13 +250,13 @@ fn a_nan_is_named_by_its_step_and_a_cancelled_walk_leaves_no_trace() {
             std::ops::ControlFlow::Continue(())
         };
         let walk_to_cancel = Walk { on_step: Some(&mut on_step), ..walk(seeded(7)) };
-        let error = walk_to_cancel.run(&mut unet, &mut Job { cancel: job_token, report: None }).unwrap_err();
+        let error = walk_to_cancel.run(from_mut(&mut unet), &mut Job { cancel: job_token, report: None }).unwrap_err();
         assert_eq!(error.status(), Status::Cancelled);
-        assert_eq!(walk(seeded(7)).run(&mut unet, &mut Job::default()).unwrap(), first);
+        assert_eq!(walk(seeded(7)).run(from_mut(&mut unet), &mut Job::default()).unwrap(), first);
     }
-    assert_ne!(walk(seeded(8)).run(&mut unet, &mut Job::default()).unwrap(), first);
+    assert_ne!(walk(seeded(8)).run(from_mut(&mut unet), &mut Job::default()).unwrap(), first);
     // An image has its own noise, whatever else is in the batch.
-    let second = walk(Noise { first_image: 1, ..seeded(7) }).run(&mut unet, &mut Job::default()).unwrap();
+    let second = walk(Noise { first_image: 1, ..seeded(7) }).run(from_mut(&mut unet), &mut Job::default()).unwrap();
     assert_ne!(second[..256], first[..256]);
 }
 

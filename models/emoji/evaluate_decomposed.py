@@ -1,78 +1,185 @@
-"""What the decomposed process costs and how well it draws, beside the plain one.
+"""What the decomposed process costs and how well it draws, beside the plain one, both drawn by the library.
 
-Runs the exported ONNX folder on prompts with combinations that were not trained: the plain process, the decomposed one at
-as many steps, and the plain one at about as much time as the decomposed takes. Writes OUT/decomposed.json: seconds, the
-time ratio and the share of the predicted saving that it is; the kernel distance (KID, Binkowski et al. 2018, arXiv
-1801.01401, of the first judge's features to rendered scenes of other prompts of the same kind) with resampled intervals;
-and how often the second judge finds every object.
+Needs the package `macula` (`bindings/python` with its native library). Draws prompts with combinations that were not
+trained: the plain process, the decomposed one at as many steps, and the plain one at as many steps as take at least the
+time of the decomposed. The processes take turns, prompt by prompt, so that other load falls on all of them. Writes
+OUT/decomposed.json and OUT/decomposed-curves.png:
+
+- time ratios, and the share of the saving that the cost model predicts;
+- the kernel distance of the first judge's features to rendered scenes of other prompts of the same kind and, with --full,
+  the Frechet distance. Both are between distributions, so drawing is without guidance, which trades variety for clarity;
+- how often the second judge finds every object;
+- the same for smaller samples along curves over turning points and attenuation (`decomposed_curves.py`).
 """
 
 import argparse
 import json
 import random
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 import data
+import decomposed_curves as curves
 import evaluate
 import export
-import network as net
+import macula
 import probe
-import sampling
 import vocabulary as words
+from distances import KernelDistance, features, frechet_distance, interval
 
-BATCH = 20
-
-
-def features(pictures, folder):
-    """[N, D] of the first judge for [N, 64, 64, 3] uint8 pictures."""
-    session = onnxruntime.InferenceSession(folder / "first.onnx", providers=["CPUExecutionProvider"])
-    x = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-    return np.concatenate([session.run(["features"], {"picture": x[i : i + 250]})[0] for i in range(0, len(x), 250)])
+BATCH = 2  # pictures of a prompt
 
 
-def kernel_distance(a, b):
-    """Unbiased squared maximum mean discrepancy under the kernel (x . y / D + 1)^3."""
+@dataclass
+class Process:
+    """A way to draw, and what came of it."""
 
-    def kernel(x, y):
-        return (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
+    name: str
+    steps: int
+    schedule: macula.Schedule | None = None
+    seconds: float = 0.0
+    pictures: list = field(default_factory=list)
 
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
-
-
-def interval(statistic, count, seed=0, times=200):
-    """`statistic(rows)` of all rows with its 95 % interval, by halves drawn without replacement (delete-half jackknife):
-    their spread about the whole is that of the whole, and no picture stands twice in a sample, which would bias a kernel
-    distance."""
-    rng = np.random.default_rng(seed)
-    whole = statistic(np.arange(count))
-    spread = np.array([statistic(rng.choice(count, count // 2, replace=False)) for _ in range(times)]) - whole
-    low, high = np.quantile(spread, (0.025, 0.975))
-    return {"value": whole, "low": whole + low, "high": whole + high}
-
-
-def draw(name, model, tokenizer, scenes, steps, guidance, seed):
-    """Pictures of all scenes and the seconds that they took."""
-    pictures, seconds = [], 0.0
-    for start in range(0, len(scenes), BATCH):
-        ids, empty = sampling.encode(tokenizer, [data.caption(scene) for scene in scenes[start : start + BATCH]])
+    def draw(self, pipeline, caption, options, first=0, batch=BATCH):
+        """Adds pictures of a caption and the time that they took."""
         began = time.perf_counter()
-        pictures.append(getattr(sampling, name)(model, ids, empty, steps, guidance, seed=1000 * seed + start))
-        seconds += time.perf_counter() - began
-    return np.concatenate(pictures), seconds
+        drawn = pipeline.draw(
+            caption,
+            steps=self.steps,
+            schedule=self.schedule,
+            guidance=options.guidance,
+            seed=options.seed,
+            first_picture=first,
+            batch=batch,
+        )
+        self.seconds += time.perf_counter() - began
+        self.pictures += [picture.copy() for picture in drawn]
+
+    def predicted_cost(self):
+        """Pixels that the model sees, as a share of those of the plain process at as many steps."""
+        if self.schedule is None:
+            return 1.0
+        turning, last = self.schedule.turning_points, self.schedule.fields["num_train_timesteps"]
+        times = {round(t) for t in np.linspace(last, 0, self.steps + 1)} | set(turning)
+        return sum(0.25 ** sum(t >= point for point in turning) for t in times if t) / self.steps
 
 
-def predicted_cost(steps):
-    """Pixels that the decomposed process sees, as a share of the plain one's at as many steps."""
-    times = {round(t) for t in np.linspace(net.STEPS, 0, steps + 1)} | set(net.TURNING_POINTS)
-    return sum(0.25 ** sum(t >= turning for turning in net.TURNING_POINTS) for t in times if t) / steps
+def draw_in_turn(pipeline, processes, scenes, options):
+    """Draws `BATCH` pictures of every scene by every process; picture for picture their noise is of the same seed."""
+    for i, scene in enumerate(scenes):
+        for process in processes:
+            process.draw(pipeline, data.caption(scene), options, first=BATCH * i)
+        if (i + 1) % 50 == 0:
+            spent = sum(process.seconds for process in processes)
+            print(f"{BATCH * (i + 1)} of {BATCH * len(scenes)} pictures each, {spent:.0f} s", flush=True)
+
+
+def speed(pipeline, schedule, steps, batch, options):
+    """The median time ratio of pairs of draws, and the share of the predicted saving that it is."""
+    ratios = []
+    for i in range(options.timed + 1):  # the first run at a size takes longer
+        plain, decomposed = Process("plain", steps), Process("decomposed", steps, schedule)
+        for process in (plain, decomposed):
+            process.draw(pipeline, "a cat on a blue background", options, first=batch * i, batch=batch)
+        ratios.append(decomposed.seconds / plain.seconds)
+    ratio, predicted = float(np.median(ratios[1:])), decomposed.predicted_cost()
+    return {
+        "steps": steps,
+        "batch": batch,
+        "time_ratio": ratio,
+        "predicted_cost": predicted,
+        "share_of_predicted_saving": (1 - ratio) / (1 - predicted),
+    }
+
+
+class Judges:
+    """What the judges say of drawings, beside rendered scenes."""
+
+    def __init__(self, folder, scenes, reference):
+        self.folder, self.reference = folder, features(reference, folder)
+        self.distance = KernelDistance(self.reference)
+        self.wanted = [[probe.LABELS.index(noun) for noun in scene.nouns] for scene in scenes for _ in range(BATCH)]
+
+    def see(self, pictures):
+        """Features, and whether every object was found, a row a picture of the first scenes."""
+        pictures = np.stack(pictures)
+        hits = evaluate.found("second", pictures, self.folder)
+        right = np.array([row[wanted].all() for row, wanted in zip(hits, self.wanted)])
+        return features(pictures, self.folder), right
+
+    def rate(self, pictures):
+        """Figures of pictures of the first scenes."""
+        seen, right = self.see(pictures)
+        return {
+            "pictures": len(seen),
+            "kernel_distance": interval(self.distance.of(seen), len(seen) // BATCH, BATCH),
+            "every_object_found": evaluate.wilson(int(right.sum()), len(right)),
+        }
+
+    def compare(self, ours, theirs):
+        """The first process against the second, on the same prompts and seeds."""
+        (seen, right), (other, other_right) = self.see(ours.pictures), self.see(theirs.pictures)
+        prompts = len(seen) // BATCH
+        distance, other_distance = self.distance.of(seen), self.distance.of(other)
+        ratio = interval(lambda rows: distance(rows) / other_distance(rows), prompts, BATCH)
+        points = interval(lambda rows: 100 * (right[rows].mean() - other_right[rows].mean()), prompts, BATCH)
+        return {
+            "against": f"{theirs.name}, {theirs.steps} steps",
+            "time_ratio": ours.seconds / theirs.seconds,
+            "kernel_distance_ratio": ratio,
+            "every_object_found_points": points,
+        }
+
+
+def compare_processes(pipeline, judges, scenes, options):
+    """The comparison of quality, and the plain process."""
+    schedule = pipeline.schedule
+    timed = speed(pipeline, schedule, options.steps, BATCH, options)
+    fewer = int(np.ceil(options.steps * timed["time_ratio"]))
+    plain, decomposed = Process("plain", options.steps), Process("decomposed", options.steps, schedule)
+    processes = [plain, decomposed, Process("plain", fewer)]
+    draw_in_turn(pipeline, processes, scenes, options)
+    runs = []
+    for process in processes:
+        row = {"process": process.name, "steps": process.steps, "seconds": process.seconds}
+        row |= judges.rate(process.pictures)
+        if options.full:
+            row["frechet_distance"] = frechet_distance(judges.see(process.pictures)[0], judges.reference)
+        runs.append(row)
+    against = [judges.compare(decomposed, other) for other in (plain, processes[2])]
+    return {"speed": timed, "runs": runs, "decomposed": against}, plain
+
+
+def measure_curves(pipeline, judges, scenes, rendering, options):
+    """A row for every point of the curves."""
+    found, spreads = curves.points(pipeline, list(rendering))
+    rows = []
+    for point in found:
+        process = Process("decomposed", options.steps, point.schedule)
+        for i, scene in enumerate(scenes):
+            process.draw(pipeline, data.caption(scene), options, first=BATCH * i)
+        cost = {"predicted_cost": process.predicted_cost(), "seconds": process.seconds}
+        rows.append(point.described(spreads) | cost | judges.rate(process.pictures))
+        print(f"{point.models}, {point.chosen}: {point.schedule.turning_points}, {process.seconds:.0f} s", flush=True)
+    return rows
+
+
+def some_scenes(seed, count):
+    """Scenes of prompts that were not trained."""
+    scenes = evaluate.prompts(seed, -(-count // 500))
+    random.Random(seed).shuffle(scenes)
+    return scenes[:count]
+
+
+def rendered(scenes, seed):
+    """Pictures of scenes by the renderer, [N, 64, 64, 3] uint8."""
+    rng, art = random.Random(seed), data.Art()
+    for scene in scenes:
+        scene.keys = [("google", words.OBJECTS[noun][0]) for noun in scene.nouns]
+    return np.stack([data.render(scene, art, rng) for scene in scenes])
 
 
 def main():
@@ -80,53 +187,39 @@ def main():
     parser.add_argument("--model", type=Path, default=export.FOLDER, help="ONNX folder")
     parser.add_argument("--judges", type=Path, default=probe.FOLDER)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=10, help="of both processes in the comparison of quality")
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--full", action="store_true", help="5,000 pictures")
+    parser.add_argument("--curve-pictures", type=int, default=160, help="of each point of the curves")
+    parser.add_argument("--timed", type=int, default=9, help="pairs of draws that each time ratio is the median of")
+    parser.add_argument("--full", action="store_true", help="5,000 pictures and the Frechet distance")
     options = parser.parse_args()
-    model, tokenizer = sampling.OnnxModel(options.model), words.build_tokenizer()
+    began = time.perf_counter()
+    pipeline = macula.Pipeline(options.model)
     wanted = 5000 if options.full else options.pictures
-
-    def some_scenes(seed):
-        scenes = evaluate.prompts(seed, -(-wanted // 500))
-        random.Random(seed).shuffle(scenes)
-        return scenes[:wanted]
-
+    speeds = [speed(pipeline, pipeline.schedule, 25, batch, options) for batch in (1, 4)]
     # The two sides of a kernel distance must be independent: other prompts than those that are drawn.
-    scenes, others = some_scenes(options.seed), some_scenes(options.seed + 1)
-    rng, art = random.Random(options.seed + 1), data.Art()
-    for scene in others:
-        scene.keys = [("google", words.OBJECTS[noun][0]) for noun in scene.nouns]
-    reference = features(np.stack([data.render(scene, art, rng) for scene in others]), options.judges)
-    for name in ("plain", "decomposed"):  # the first run at a size takes longer
-        draw(name, model, tokenizer, scenes[:BATCH], 4, options.guidance, options.seed)
-
-    report = {"pictures": len(scenes), "guidance": options.guidance}
-
-    def judged(name, steps):
-        pictures, seconds = draw(name, model, tokenizer, scenes, steps, options.guidance, options.seed)
-        seen = features(pictures, options.judges)
-        hits = evaluate.found("second", pictures, options.judges)
-        right = [all(row[probe.LABELS.index(noun)] for noun in scene.nouns) for row, scene in zip(hits, scenes)]
-        return {
-            "process": name,
-            "steps": steps,
-            "seconds": seconds,
-            "kernel_distance": interval(lambda rows: kernel_distance(seen[rows], reference[rows]), len(scenes)),
-            "every_object_found": evaluate.wilson(sum(right), len(right)),
-        }
-
-    plain, decomposed = judged("plain", options.steps), judged("decomposed", options.steps)
-    ratio = decomposed["seconds"] / plain["seconds"]
-    report["decomposed_time_ratio"] = ratio
-    report["predicted_cost"] = predicted_cost(options.steps)
-    report["share_of_predicted_saving"] = (1 - ratio) / (1 - report["predicted_cost"])
-    report["runs"] = [plain, decomposed, judged("plain", max(1, round(options.steps * ratio)))]
+    scenes = some_scenes(options.seed, wanted // BATCH)
+    rendering = rendered(some_scenes(options.seed + 1, wanted), options.seed + 1)
+    judges = Judges(options.judges, scenes, rendering)
+    compared, plain = compare_processes(pipeline, judges, scenes, options)
+    few = scenes[: options.curve_pictures // BATCH]
+    rows = measure_curves(pipeline, judges, few, rendering, options)
+    beside = judges.rate(plain.pictures[: BATCH * len(few)])
+    report = {
+        "guidance": options.guidance,
+        "decomposed_time_ratio": speeds[0]["time_ratio"],
+        "share_of_predicted_saving": speeds[0]["share_of_predicted_saving"],
+        "speeds": [*speeds, compared.pop("speed")],
+        **compared,
+        "curves": {"steps": options.steps, "plain": beside, "points": rows},
+        "seconds": time.perf_counter() - began,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "decomposed.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+    curves.plot(rows, beside).save(options.out / "decomposed-curves.png")
+    print(json.dumps({key: value for key, value in report.items() if key != "curves"}, indent=2))
 
 
 if __name__ == "__main__":

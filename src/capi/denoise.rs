@@ -156,6 +156,9 @@ pub struct macula_denoise_inputs {
     /// Local concepts act on the entries of the batch from this one on: the number of unconditional entries, which come
     /// first. Default: `0`.
     pub first_conditional: usize,
+    /// Stage of a decomposed process that the states are of, for a pipeline whose stages have UNets of their own.
+    /// Default: `0`.
+    pub stage: usize,
 }
 
 impl Default for macula_denoise_inputs {
@@ -172,13 +175,14 @@ impl Default for macula_denoise_inputs {
             cancel: std::ptr::null(),
             timestep: 0.0,
             first_conditional: 0,
+            stage: 0,
         }
     }
 }
 
 // SAFETY: repr(C), begins with its size; pointers and numbers take any bytes.
 unsafe impl Versioned for macula_denoise_inputs {
-    const FIRST_SIZE: usize = 88;
+    const FIRST_SIZE: usize = 96;
 }
 
 /// One prediction of the UNet under the pipeline's composition: noise, velocity or clean states, as the model was trained.
@@ -219,6 +223,7 @@ pub unsafe extern "C" fn macula_pipeline_denoise(
             &sample,
             shape,
             inputs.timestep,
+            inputs.stage,
             &conditioning,
             inputs.first_conditional,
             embedding.as_ref().map(|entry| &*entry.embedding),

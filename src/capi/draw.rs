@@ -64,7 +64,8 @@ pub struct macula_draw_options {
     /// What to steer away from. May be NULL: the empty prompt. Default: `NULL`.
     pub negative_prompt: *const c_char,
     /// A decomposed process, in place of the model's plain one: early steps see smaller states and take less time. The model
-    /// must have been trained for it; `macula_pipeline_get_schedule` gives the one that came with it. May be NULL.
+    /// must have been trained for it (`macula_pipeline_get_schedule` gives the one that came with it), or the schedule be one
+    /// of `ordinary_models`. May be NULL.
     /// Default: `NULL`.
     pub schedule: *const macula_schedule,
     /// Start noise `[batch, channels, h, w]` of the size that the first step sees, 32-bit floating point, standard normal.

@@ -71,7 +71,7 @@ pub unsafe extern "C" fn macula_pipeline_get_memory(
             weights: memory.weights,
             arena: memory.arena.unwrap_or(u64::MAX),
             arena_peak: memory.arena_peak.unwrap_or(u64::MAX),
-            composition: (work.pipeline.unet().memory_bytes() + concepts) as u64,
+            composition: (work.pipeline.composing_bytes() + concepts) as u64,
             process,
             process_peak,
         });

@@ -4,6 +4,9 @@
 //! `unet/`, `text_encoder/`, `tokenizer/`, `scheduler/`, and, for a latent model, `vae_decoder/`; `vae_encoder/` to start
 //! from images; `text_encoder_2/` and `tokenizer_2/` for SDXL). It does one job at a time: a draw, an encoding, a
 //! denoising step or a change of its composition. For jobs side by side, open it more than once.
+//!
+//! Where the stages of a decomposed process have models of their own, `unet_1/`, `unet_2/` and so on (links will do) are
+//! those of stage 1, stage 2; the last one serves all later stages. Concepts act on those with the weights of `unet/`.
 
 use std::ffi::{CString, c_char};
 use std::sync::Arc;
@@ -19,7 +22,7 @@ use super::runtime::macula_runtime;
 use super::session::macula_session_options;
 use super::status::macula_status;
 use crate::concept::{GatheredConcept, Projections};
-use crate::diffusion::pipeline::{AppliedConcept, Pipeline, PipelineInfo};
+use crate::diffusion::pipeline::{AppliedConcept, Expected, Pipeline, PipelineInfo};
 use crate::diffusion::unet::UnetOptions;
 use crate::error::{Error, Result, Status};
 
@@ -61,17 +64,23 @@ pub struct macula_pipeline_options {
     pub struct_size: usize,
     /// How its models are run. May be NULL: the values of `MACULA_SESSION_OPTIONS_INIT`. Default: `NULL`.
     pub session: *const macula_session_options,
+    /// TensorRT without `profiles`: the most pictures of a draw, 0 for 1. The UNet is built for up to twice as many states, as
+    /// with guidance, at the model's own size, and for prompts of up to 4 times `prompt_tokens`. Default: `0`.
+    pub pictures: u32,
+    /// TensorRT without `profiles`: the stages of the schedule that will be walked, which the UNet is built for; 0 for those of
+    /// the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
+    pub stages: u32,
 }
 
 impl Default for macula_pipeline_options {
     fn default() -> Self {
-        Self { struct_size: size_of::<Self>(), session: std::ptr::null() }
+        Self { struct_size: size_of::<Self>(), session: std::ptr::null(), pictures: 0, stages: 0 }
     }
 }
 
 // SAFETY: repr(C), begins with its size; pointers and integers take any bytes.
 unsafe impl Versioned for macula_pipeline_options {
-    const FIRST_SIZE: usize = 16;
+    const FIRST_SIZE: usize = 24;
 }
 
 /// What a pipeline is. The texts belong to the pipeline handle.
@@ -101,6 +110,8 @@ pub struct macula_pipeline_info {
     pub prompt_tokens: usize,
     /// Numbers in a row of a prompt's encoding; 0 if the model leaves it open or takes no text.
     pub prompt_features: usize,
+    /// UNets: more than 1 if stages of a decomposed process have their own.
+    pub unet_count: usize,
     /// Number of K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
     pub projection_count: usize,
     /// 1 if pictures can be encoded, to start from them.
@@ -123,6 +134,7 @@ impl Default for macula_pipeline_info {
             latent_factor: 0,
             prompt_tokens: 0,
             prompt_features: 0,
+            unet_count: 0,
             projection_count: 0,
             encodes_images: 0,
             composes: 0,
@@ -132,7 +144,7 @@ impl Default for macula_pipeline_info {
 
 // SAFETY: repr(C), begins with its size; pointers and integers take any bytes.
 unsafe impl Versioned for macula_pipeline_info {
-    const FIRST_SIZE: usize = 104;
+    const FIRST_SIZE: usize = 112;
 }
 
 /// Opens a model folder. The folder may change or go away afterwards.
@@ -163,7 +175,8 @@ pub unsafe extern "C" fn macula_pipeline_open(
         // SAFETY: as above.
         unet.session = unsafe { session.read() }.map_err(|error| error.at("options.session"))?;
         unet.threads = session.threads as usize;
-        let pipeline = Pipeline::open(&runtime.runtime, folder, &unet)?;
+        let expected = Expected { pictures: options.pictures as usize, stages: options.stages as usize };
+        let pipeline = Pipeline::open_expecting(&runtime.runtime, folder, &unet, expected)?;
         out_pipeline.set(macula_pipeline::table().insert(macula_pipeline::new(pipeline)));
         Ok(())
     })
@@ -226,6 +239,7 @@ pub unsafe extern "C" fn macula_pipeline_get_info(
             latent_factor: info.latent_factor,
             prompt_tokens: info.chunk_tokens,
             prompt_features: pipeline.features,
+            unet_count: info.unets,
             projection_count: pipeline.paths.len(),
             encodes_images: info.encodes_images.into(),
             composes: pipeline.projections.is_some().into(),

@@ -8,8 +8,8 @@
 //! schedule without turning points is the plain process.
 //!
 //! In stage k the sides are halved k times, and a state holds orthonormal coordinates: 2^k times the mean of each block of
-//! 2^k x 2^k pixels. Times run from 0 (clean) to
-//! `train_timesteps`; time t is the model's timestep t - 1.
+//! 2^k x 2^k pixels. Times run from 0 (clean) to `train_timesteps`; time t is the model's timestep t - 1. A model may be
+//! trained for the process; with `ordinary_models` those of several resolutions serve as they are, without fading.
 
 use std::ffi::{CString, c_char};
 use std::path::Path;
@@ -85,7 +85,9 @@ impl macula_schedule {
 ///   optional: `turning_points`, rising times in 2 to `train_timesteps - 1`; `attenuation` `{"r", "q"}`, the signal of what
 ///   is dropped at time T being `r^((t / T)^q)` of a plain process's, r in (0, 1], q in [1, 1000]; `lift_std`, a number for
 ///   each turning point: the root mean square of the clean coordinates that are dropped there; `stage_class_labels` and
-///   `stage_sizes`, a whole number for each stage. Not NULL.
+///   `stage_sizes`, a whole number for each stage; `ordinary_models`, true if the models are ordinary ones of pictures of
+///   each stage's size, which were not trained for the process: they are told the timestep of the noise that the means of
+///   blocks have, and nothing may fade (r = 1). Not NULL.
 /// - `out_schedule`: receives the schedule; not NULL. Free it with `macula_schedule_free`.
 ///
 /// Errors: `INVALID_FILE` and `UNSUPPORTED` naming the field, its value and its range. Any thread.
@@ -359,12 +361,13 @@ pub unsafe extern "C" fn macula_schedule_get_component(
 
 /// Whether a pipeline's model can be walked by a schedule: that it is no other model's, and that the UNet takes every
 /// stage's size. One prediction is made for each size that was not drawn before, so that a provider that builds something
-/// for a size has built it when this returns.
+/// for a size has built it when this returns: a draw of as many states then begins at once.
 ///
 /// - `schedule`: a live schedule; not NULL.
 /// - `pipeline`: a live pipeline; not NULL.
 /// - `width`: pixels in a row of the pictures that are to be drawn; 0 for the model's own.
 /// - `height`: rows, likewise.
+/// - `batch`: states that the model will see at once, 1 to 512: the pictures of a draw, twice as many with guidance; 0 for 1.
 /// - `cancel`: stops the check from another thread; may be NULL.
 ///
 /// Errors: `INVALID_ARGUMENT` with the difference or the stage whose size is refused; `RUNTIME_FAILED`, naming the stage;
@@ -375,6 +378,7 @@ pub unsafe extern "C" fn macula_schedule_check(
     pipeline: *mut macula_pipeline,
     width: u32,
     height: u32,
+    batch: u32,
     cancel: *const macula_cancel_token,
 ) -> macula_status {
     guard("macula_schedule_check", |call| {
@@ -385,7 +389,8 @@ pub unsafe extern "C" fn macula_schedule_check(
             false => call.object(cancel, "cancel")?.token.clone(),
         };
         let side = |side: u32| (side != 0).then_some(side as usize);
-        pipeline.begin()?.pipeline.check_schedule(&entry.schedule, side(width), side(height), &cancel)
+        let batch = batch.max(1) as usize;
+        pipeline.begin()?.pipeline.check_schedule(&entry.schedule, side(width), side(height), batch, &cancel)
     })
 }
 

@@ -1,6 +1,6 @@
 //! Classifier-free guidance, and the walk from noise to a clean state under it.
 //!
-//! It drives a [`Trajectory`] with the predictions of a [`Unet`]; it knows neither prompts nor images.
+//! It drives a [`Trajectory`] with the predictions of a [`Unet`], or of one a stage; it knows neither prompts nor images.
 
 use std::ops::ControlFlow;
 
@@ -133,14 +133,14 @@ pub struct Walk<'a, 'c> {
 }
 
 impl Walk<'_, '_> {
-    /// Runs all steps and gives the last state `[B, C, H, W]`. The UNet keeps its composition: keys and values do not
-    /// depend on the size, so it acts at all stages.
+    /// Runs all steps and gives the last state `[B, C, H, W]`. Stage `k` is served by `unets[k]`, and stages beyond the last
+    /// one by it; one UNet may serve all. UNets keep their compositions: keys and values do not depend on the size.
     ///
     /// # Errors
     /// [`Status::InvalidArgument`] for sizes that do not fit together and those of [`Unet::denoise`];
     /// before the first step, those of [`Unet::rehearse`] for a stage whose size the UNet refuses, naming it;
     /// [`Status::NotFinite`], naming the step, as soon as a prediction holds a NaN or infinity; [`Status::Cancelled`].
-    pub fn run(self, unet: &mut Unet, job: &mut Job<'_>) -> Result<Vec<f32>> {
+    pub fn run(self, unets: &mut [Unet], job: &mut Job<'_>) -> Result<Vec<f32>> {
         let Self { shape, plan, stage_class_labels, guidance, conditioning, mut noise, clean, mut on_step } = self;
         guidance.check()?;
         let batch = shape[0];
@@ -161,9 +161,10 @@ impl Walk<'_, '_> {
             )));
         }
         let start = noise.start_of(trajectory.shape())?;
-        unet.set_conditioning(conditioning)?;
+        let unets = used(unets, trajectory.stage())?;
+        condition(unets, conditioning)?;
         if trajectory.stage() > 0 {
-            rehearse(unet, &trajectory, passes, &job.cancel)?;
+            rehearse(unets, &trajectory, passes, &job.cancel)?;
         }
         let mut state = trajectory.begin(&start, clean)?;
         drop(start);
@@ -172,6 +173,7 @@ impl Walk<'_, '_> {
             let (timestep, needs_noise, lifts) = (step.timestep(), step.needs_noise(), step.lift.is_some());
             let (stage, here) = (step.stage, trajectory.shape());
             job.step("denoise", (index - first) as u64, total)?;
+            let unet = serving(unets, stage);
             if let Some(label) = stage_class_labels.get(stage).filter(|_| labelled != Some(stage)) {
                 unet.set_class_labels(&vec![*label; batch * passes])?;
                 labelled = Some(stage);
@@ -224,12 +226,34 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Meets a stage whose size the UNet refuses before the first step rather than in the middle of the walk. The conditioning
+/// The UNets that serve the stages up to `last`: one each, as far as there are.
+pub(super) fn used(unets: &mut [Unet], last: usize) -> Result<&mut [Unet]> {
+    match unets.len() {
+        0 => Err(Error::invalid_argument("there is no UNet")),
+        count => Ok(&mut unets[..count.min(last + 1)]),
+    }
+}
+
+/// The one of these that serves a stage; there must be some.
+pub(super) fn serving(unets: &mut [Unet], stage: usize) -> &mut Unet {
+    let last = unets.len() - 1;
+    &mut unets[stage.min(last)]
+}
+
+/// Sets what predictions are conditioned on for each of these UNets.
+pub(super) fn condition(unets: &mut [Unet], conditioning: &Conditioning) -> Result<()> {
+    unets.iter_mut().enumerate().try_for_each(|(stage, unet)| {
+        let at = |error: Error| if stage > 0 { error.at(format_args!("the UNet of stage {stage}")) } else { error };
+        unet.set_conditioning(conditioning).map_err(at)
+    })
+}
+
+/// Meets a stage whose size its UNet refuses before the first step rather than in the middle of the walk. The conditioning
 /// is for `passes` times the batch.
-pub(super) fn rehearse(unet: &mut Unet, trajectory: &Trajectory, passes: usize, cancel: &CancelToken) -> Result<()> {
+pub(super) fn rehearse(unets: &mut [Unet], trajectory: &Trajectory, passes: usize, cancel: &CancelToken) -> Result<()> {
     for stage in (0..=trajectory.stage()).rev() {
         let shape = trajectory.shape_at(stage);
-        unet.rehearse(times_batch(shape, passes), cancel).map_err(|error| {
+        serving(unets, stage).rehearse(times_batch(shape, passes), cancel).map_err(|error| {
             error.at(format_args!("the UNet refuses stage {stage} of the schedule, {} x {}", shape[3], shape[2]))
         })?;
     }

@@ -11,5 +11,6 @@ pub mod guidance;
 pub mod noise;
 pub mod pipeline;
 pub(crate) mod precision;
+pub mod profiles;
 pub mod schedule;
 pub mod unet;

@@ -14,9 +14,11 @@ use serde_json::Value;
 
 use super::folder::Folder;
 use super::precision;
+use super::profiles::ExpectedStates;
 use crate::concept::{Composition, Fingerprint, Held, KeysValues, Output, Projections};
 use crate::error::{Error, Result, Status};
 use crate::onnx::attention::{self, KeyValueInput};
+use crate::onnx::proto::{ValueInfoProto, tensor_shape_proto, type_proto};
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{
@@ -33,6 +35,8 @@ pub struct UnetOptions {
     pub limits: Limits,
     /// Threads that compute keys and values; 0 for one per core. The result does not depend on it.
     pub threads: usize,
+    /// The states that predictions will be asked for. TensorRT builds for them ahead, unless it was given profiles.
+    pub expected: Option<ExpectedStates>,
 }
 
 /// What a prediction is conditioned on, for a batch of `batch` states.
@@ -74,7 +78,7 @@ pub struct UnetShape {
     pub features: Option<usize>,
 }
 
-const SAMPLE: &str = "sample";
+pub(super) const SAMPLE: &str = "sample";
 const TIMESTEP: &str = "timestep";
 const CONTEXT: &str = attention::TEXT_INPUT;
 const TEXT_EMBEDS: &str = "text_embeds";
@@ -143,7 +147,7 @@ impl Unet {
         if options.session.provider == Provider::Cpu {
             attention::fuse(&mut model)?;
         }
-        let session = runtime.session(&model, &options.session)?;
+        let session = runtime.session(&model, &with_profiles(&model, options)?)?;
         drop(model);
         let mut shape = check_inputs(&session, text.as_ref(), &steering)?;
         if let Some(parent) = path.parent().filter(|parent| parent.is_dir()) {
@@ -188,6 +192,27 @@ impl Unet {
     /// The fingerprint that concepts of this base carry.
     pub fn fingerprint(&self) -> Option<Fingerprint> {
         self.projections().map(|projections| projections.fingerprint())
+    }
+
+    /// Takes another UNet's key and value weights in place of its own where they are the same: they are held once then, and
+    /// concepts that were gathered from the other act here.
+    pub(super) fn share_projections(&mut self, other: &Self) {
+        let (Steering::Inputs { projections, .. }, Some(theirs)) = (&mut self.steering, other.projections()) else {
+            return;
+        };
+        let (ours, others) = (projections.as_slice(), theirs.as_slice());
+        let alike = ours.len() == others.len()
+            && ours.iter().zip(others).all(|(a, b)| {
+                (&a.path, a.out_features, a.in_features, &a.bias) == (&b.path, b.out_features, b.in_features, &b.bias)
+            });
+        if alike && projections.fingerprint() == theirs.fingerprint() {
+            *projections = theirs.clone();
+        }
+    }
+
+    /// Whether concepts that were gathered from another UNet act here: see [`Unet::share_projections`].
+    pub(super) fn shares_projections(&self, other: &Self) -> bool {
+        self.projections().zip(other.projections()).is_some_and(|(ours, theirs)| Arc::ptr_eq(ours, theirs))
     }
 
     /// The threads that compute keys and values.
@@ -502,11 +527,29 @@ fn no_conditioning() -> Error {
     Error::invalid_argument("no conditioning was set")
 }
 
+/// The session's options, with TensorRT's profiles of what is expected where there are none.
+fn with_profiles(model: &Model, options: &UnetOptions) -> Result<SessionOptions> {
+    let mut session = options.session.clone();
+    if let (Provider::TensorRt(tensorrt), Some(expected)) = (&mut session.provider, &options.expected)
+        && tensorrt.profiles.is_empty()
+    {
+        tensorrt.profiles = expected.profiles(&ports(model))?;
+    }
+    Ok(session)
+}
+
 fn text_port(model: &Model) -> Option<Port> {
-    use crate::onnx::proto::{tensor_shape_proto, type_proto};
+    ports(model).into_iter().find(|port| port.name == CONTEXT)
+}
+
+/// The inputs of a graph that are tensors of types that are handled.
+fn ports(model: &Model) -> Vec<Port> {
     let graph = model.graph();
-    let initializer = graph.initializer.iter().any(|tensor| tensor.name() == CONTEXT);
-    let input = graph.input.iter().find(|input| input.name() == CONTEXT && !initializer)?;
+    let given = |input: &&ValueInfoProto| !graph.initializer.iter().any(|tensor| tensor.name() == input.name());
+    graph.input.iter().filter(given).filter_map(port).collect()
+}
+
+fn port(input: &ValueInfoProto) -> Option<Port> {
     let Some(type_proto::Value::TensorType(tensor)) = &input.r#type.as_ref()?.value else { return None };
     let dims = tensor.shape.as_ref()?.dim.iter().map(|dim| match &dim.value {
         Some(tensor_shape_proto::dimension::Value::DimValue(size)) if *size >= 0 => Dimension::Fixed(*size as usize),
@@ -514,7 +557,7 @@ fn text_port(model: &Model) -> Option<Port> {
         _ => Dimension::Open(String::new()),
     });
     let dtype = ElementType::from_onnx(tensor.elem_type())?;
-    Some(Port { name: CONTEXT.to_owned(), dtype, dims: dims.collect() })
+    Some(Port { name: input.name().to_owned(), dtype, dims: dims.collect() })
 }
 
 /// Makes keys and values inputs where that can be done.

@@ -360,3 +360,39 @@ fn append_tensorrt(api: Api, settings: &Settings, session: *mut sys::OrtSessionO
     };
     outcome.map_err(|error| unavailable(ProviderKind::TensorRt, error))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensorrt_is_told_the_shapes_of_all_inputs_in_three_lists() {
+        let profile = |input: &str, min: &[usize], opt: &[usize], max: &[usize]| ShapeProfile {
+            input: input.to_owned(),
+            min: min.to_vec(),
+            opt: opt.to_vec(),
+            max: max.to_vec(),
+        };
+        let options = TensorRtOptions {
+            profiles: vec![
+                profile("sample", &[1, 4, 16, 16], &[2, 4, 64, 64], &[8, 4, 64, 64]),
+                profile("class_labels", &[1], &[2], &[8]),
+            ],
+            ..TensorRtOptions::default()
+        };
+        let settings = tensorrt_settings(&options).unwrap();
+        let value_of = |wanted: &str| {
+            let found = settings.texts.iter().find(|(key, _)| key.to_str() == Ok(wanted));
+            found.map(|(_, value)| value.to_str().unwrap().to_owned())
+        };
+        for (key, value) in [
+            ("trt_profile_min_shapes", "sample:1x4x16x16,class_labels:1"),
+            ("trt_profile_opt_shapes", "sample:2x4x64x64,class_labels:2"),
+            ("trt_profile_max_shapes", "sample:8x4x64x64,class_labels:8"),
+        ] {
+            assert_eq!(value_of(key).as_deref(), Some(value));
+        }
+        let without = tensorrt_settings(&TensorRtOptions::default()).unwrap();
+        assert!(without.texts.iter().all(|(key, _)| !key.to_str().unwrap().contains("profile")));
+    }
+}

@@ -51,10 +51,11 @@ static void stages_and_components(void) {
 
 static void checking(void) {
   macula_schedule *foreign = NULL;
-  OK(macula_schedule_check(schedule, pipeline, 0, 0, NULL));
-  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "32", macula_schedule_check(schedule, pipeline, 32, 32, NULL));
+  OK(macula_schedule_check(schedule, pipeline, 0, 0, 2, NULL));
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "32", macula_schedule_check(schedule, pipeline, 32, 32, 0, NULL));
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "batch is 513", macula_schedule_check(schedule, pipeline, 0, 0, 513, NULL));
   OK(macula_schedule_from_json("{\"turning_points\": [400]}", &foreign));
-  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "another model's", macula_schedule_check(foreign, pipeline, 0, 0, NULL));
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "another model's", macula_schedule_check(foreign, pipeline, 0, 0, 0, NULL));
   OK(macula_schedule_free(foreign));
 }
 
@@ -125,8 +126,9 @@ static int32_t listen(void *userdata, const macula_progress *progress) {
 }
 
 /* A draw, which is told of every step with its size, and the same walk by a loop of this program's own. */
-static void drawing_and_driving(void) {
-  static float start[MOST], state[MOST], prediction[MOST], clean[MOST], lift[MOST];
+static void drawing_and_driving(const macula_schedule *schedule, int ordinary) {
+  static float start[MOST], state[MOST], seen[MOST], prediction[MOST], clean[MOST],
+      lift[MOST];
   macula_trajectory_options walked = MACULA_TRAJECTORY_OPTIONS_INIT;
   macula_draw_options options = MACULA_DRAW_OPTIONS_INIT;
   macula_trajectory_info info = MACULA_TRAJECTORY_INFO_INIT;
@@ -134,7 +136,7 @@ static void drawing_and_driving(void) {
   macula_trajectory *trajectory = NULL;
   macula_embedding *embedding = NULL;
   macula_images *images = NULL;
-  macula_tensor noise, sample, out;
+  macula_tensor noise, sample, shown_to_model, out;
   course heard = {0, 0, {0}};
   uint32_t random = 1;
   size_t taken = 0;
@@ -174,9 +176,14 @@ static void drawing_and_driving(void) {
     macula_tensor predicted = state_of(prediction, info.height, info.width);
     macula_tensor shown = state_of(clean, info.height, info.width);
     macula_tensor lifted = state_of(lift, info.next_height, info.next_width);
-    CHECK(info.input_scale == 1.0 && heard.sides[taken] == info.width);
+    CHECK((info.input_scale == 1.0) == (!ordinary || !info.stage) && heard.sides[taken] == info.width);
     sample = state_of(state, info.height, info.width);
-    inputs.sample = &sample;
+    for (size_t at = 0; at < 3 * info.height * info.width; at++) {
+      seen[at] = (float)(info.input_scale * state[at]);
+    }
+    shown_to_model = state_of(seen, info.height, info.width);
+    inputs.sample = &shown_to_model;
+    inputs.stage = info.stage;
     inputs.context = &embedded.context;
     inputs.class_labels = &labels;
     inputs.timestep = info.timestep;
@@ -203,8 +210,23 @@ static void drawing_and_driving(void) {
   walked.sampler = MACULA_SAMPLER_EULER;
   EXPECT(MACULA_STATUS_UNSUPPORTED, "Euler", macula_schedule_begin(schedule, &walked, &trajectory));
   walked.sampler = MACULA_SAMPLER_DDPM;
-  walked.width = 66;
-  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "66", macula_schedule_begin(schedule, &walked, &trajectory));
+  walked.width = 65;
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "65", macula_schedule_begin(schedule, &walked, &trajectory));
+}
+
+/* The same UNet as ordinary models of pictures of 64 and of 32 pixels, which it knows by their class. */
+static void driving_ordinary_models(void) {
+  static const char *const JSON =
+      "{\"beta_schedule\": \"squaredcos_cap_v2\", \"prediction_type\": \"v_prediction\", \"turning_points\": [500],"
+      " \"stage_class_labels\": [0, 4], \"ordinary_models\": true}";
+  macula_pipeline_info info = MACULA_PIPELINE_INFO_INIT;
+  macula_schedule *ordinary = NULL;
+  OK(macula_pipeline_get_info(pipeline, &info));
+  CHECK(info.unet_count == 1);
+  OK(macula_schedule_from_json(JSON, &ordinary));
+  OK(macula_schedule_check(ordinary, pipeline, 0, 0, 0, NULL));
+  drawing_and_driving(ordinary, 1);
+  OK(macula_schedule_free(ordinary));
 }
 
 int main(int argc, char **argv) {
@@ -216,7 +238,8 @@ int main(int argc, char **argv) {
   stages_and_components();
   checking();
   choosing(argv[2], argv[3]);
-  drawing_and_driving();
+  drawing_and_driving(schedule, 0);
+  driving_ordinary_models();
   OK(macula_schedule_free(schedule));
   OK(macula_pipeline_free(pipeline));
   OK(macula_runtime_free(runtime));

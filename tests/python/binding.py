@@ -286,6 +286,45 @@ class Concepts(WithPipeline):
             self.pipeline.discover(pictures, "no such trigger", "cat")
 
 
+class Schedules(WithPipeline):
+    def test_early_steps_see_smaller_states(self):
+        schedule, sides = self.pipeline.schedule, []
+        schedule.check(self.pipeline)
+        options = {**QUICK, "steps": 4, "schedule": schedule}
+        drawn = self.pipeline.draw("a cat", progress=lambda told: sides.append(told.latent), **options)
+        self.assertEqual(drawn[0].shape, self.base.shape)
+        sides = [latent.shape[2] for latent in sides if latent is not None]
+        self.assertEqual(sorted(set(sides)), [16, 32, 64])
+        again = macula.Schedule.from_json(schedule.fields)
+        np.testing.assert_array_equal(self.pipeline.draw("a cat", **{**options, "schedule": again})[0], drawn[0])
+        self.assert_draws_as_before()
+
+    def test_turning_points_are_chosen_within_a_budget(self):
+        rough = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in range(2)]
+        plot = FOLDER / "chosen.svg"
+        loose, cost = macula.Schedule.choose(self.pipeline, rough, drop_error=1e-2, plot=plot)
+        strict, more = macula.Schedule.choose(self.pipeline, rough, drop_error=1e-3, turning_points=1)
+        self.assertLess(cost, more)
+        self.assertLess(loose.turning_points[0], strict.turning_points[0])
+        dropped = loose.fields["lift_std"][0] ** 2
+        self.assertLessEqual(loose.drop_error(0, loose.turning_points[0] - 1, dropped), 1e-2)
+        self.assertIn("<svg", plot.read_text())
+        with self.assertRaisesRegex(ValueError, "1 stage costs for 3 stages"):
+            macula.Schedule.choose(self.pipeline, rough, stage_costs=[1.0])
+
+    def test_what_does_not_fit_is_refused(self):
+        for fields, named in [
+            ({"turning_points": [720, 360]}, "720 before 360"),
+            ('{"attenuation": {"r": 0}}', "r = 0"),
+        ]:
+            with self.assertRaisesRegex(macula.MaculaError, named):
+                macula.Schedule.from_json(fields)
+        other = macula.Schedule.from_json({"turning_points": [500]})
+        for attempt in (lambda: other.check(self.pipeline), lambda: self.pipeline.draw("a cat", schedule=other, **QUICK)):
+            with self.assertRaisesRegex(macula.InvalidArgument, "another model's"):
+                attempt()
+
+
 class Denoising(WithPipeline):
     def inputs(self):
         context = self.pipeline.encode_prompt("a cat").context

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::Result;
 use clap::ValueEnum;
 
-use crate::place::{cargo, out, root, step};
+use crate::place::{cargo, out, root, step, target};
 use crate::{demo, python};
 
 /// What can be measured.
@@ -15,7 +15,8 @@ pub enum What {
     Model,
     /// What concept neurons of kept-out subjects do, alone and composed: out/cones.json and out/cones-*.png
     Cones,
-    /// What the decomposed process costs and how well it draws, beside the plain one: out/decomposed.json
+    /// What the decomposed process costs and how well it draws, beside the plain one: out/decomposed.json and
+    /// out/decomposed-curves.png
     Decomposed,
 }
 
@@ -28,10 +29,19 @@ pub fn run(what: What, full: bool) -> Result<()> {
     };
     let evaluate = &mut Command::new(python::environment()?);
     evaluate.current_dir(root()).arg(script).arg("--out").arg(out()?);
-    if let What::Cones = what {
+    if let What::Cones | What::Decomposed = what {
         step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
         evaluate.env("MACULA_ONNXRUNTIME", python::onnxruntime()?);
-        evaluate.arg("--discover").arg(demo::compile_example("discover")?);
+    }
+    match what {
+        What::Cones => {
+            evaluate.arg("--discover").arg(demo::compile_example("discover")?);
+        }
+        What::Decomposed => {
+            evaluate.env("MACULA_LIBRARY", target()?.join("release/libmacula.so"));
+            evaluate.env("PYTHONPATH", root().join("bindings/python"));
+        }
+        What::Model => {}
     }
     if full {
         evaluate.arg("--full");

@@ -14,12 +14,13 @@ from .jobs import CancelToken, Progress
 from .options import DiscoverOptions, DrawOptions, SessionOptions
 from .pipeline import Embedding, Memory, Pipeline, Term
 from .runtime import Runtime
+from .schedules import Schedule
 
 __version__ = _version()
 
 __all__ = [
     "CancelToken", "Cancelled", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions", "Embedding", "Images",
     "InvalidArgument", "Layer", "LogLevel", "MaculaError", "Memory", "Method", "Optimization", "OutOfMemory", "Overlap",
-    "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Scope", "Searched", "SessionOptions", "Status",
-    "Term", "Values", "read_image", "write_png",
+    "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Schedule", "Scope", "Searched", "SessionOptions",
+    "Status", "Term", "Values", "read_image", "write_png",
 ]

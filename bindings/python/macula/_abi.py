@@ -283,6 +283,8 @@ class macula_pipeline_options(Struct):
     _fields_ = [
         ("struct_size", c_size_t),
         ("session", POINTER(macula_session_options)),
+        ("pictures", c_uint32),
+        ("stages", c_uint32),
     ]
 
 
@@ -299,6 +301,7 @@ class macula_pipeline_info(Struct):
         ("latent_factor", c_size_t),
         ("prompt_tokens", c_size_t),
         ("prompt_features", c_size_t),
+        ("unet_count", c_size_t),
         ("projection_count", c_size_t),
         ("encodes_images", c_int32),
         ("composes", c_int32),
@@ -536,6 +539,7 @@ class macula_denoise_inputs(Struct):
         ("cancel", c_void_p),
         ("timestep", c_double),
         ("first_conditional", c_size_t),
+        ("stage", c_size_t),
     ]
 
 
@@ -600,7 +604,7 @@ FUNCTIONS = {
     "macula_schedule_get_info": (c_int32, [c_void_p, POINTER(macula_schedule_info)]),
     "macula_schedule_get_stage": (c_int32, [c_void_p, c_size_t, POINTER(macula_stage_info)]),
     "macula_schedule_get_component": (c_int32, [c_void_p, c_size_t, c_size_t, POINTER(macula_component_info)]),
-    "macula_schedule_check": (c_int32, [c_void_p, c_void_p, c_uint32, c_uint32, c_void_p]),
+    "macula_schedule_check": (c_int32, [c_void_p, c_void_p, c_uint32, c_uint32, c_uint32, c_void_p]),
     "macula_schedule_choose": (c_int32, [c_void_p, POINTER(macula_choose_options), POINTER(c_double), POINTER(c_void_p)]),
     "macula_schedule_begin": (c_int32, [c_void_p, POINTER(macula_trajectory_options), POINTER(c_void_p)]),
     "macula_trajectory_free": (c_int32, [c_void_p]),

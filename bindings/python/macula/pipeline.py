@@ -20,6 +20,7 @@ from .images import Images, read_image, view
 from .jobs import CancelToken, Progress, run
 from .options import DiscoverOptions, DrawOptions, SessionOptions, choice, fill
 from .runtime import Runtime, shared
+from .schedules import Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,6 +152,11 @@ class Pipeline(Closable):
         names = Memory.__dataclass_fields__
         return Memory(**{name: None if (size := getattr(found, name)) == UNKNOWN else size for name in names})
 
+    @property
+    def schedule(self) -> Schedule:
+        """The decomposed process that the model was trained for; raises `NOT_FOUND` if it was trained for none."""
+        return Schedule(receive(library.macula_pipeline_get_schedule, self.pointer))
+
     def compose(self, *terms: Concept | Term) -> None:
         """Draws concepts together, in place of what was composed before; none ends composing."""
         check(library.macula_compose(self.pointer, _terms(terms), len(terms)))
@@ -170,12 +176,14 @@ class Pipeline(Closable):
         noise: np.ndarray | None = None,
         start_latent: np.ndarray | None = None,
         start_image: np.ndarray | None = None,
+        schedule: Schedule | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
         cancel: CancelToken | None = None,
         **options: Unpack[DrawOptions],
     ) -> Images:
         """Draws pictures; see `DrawOptions`.
 
+        - `schedule`: a decomposed process in place of the plain one; the model must have been trained for it.
         - `noise`, `start_latent`: `[B, C, H, W]`, float32. `start_image`: `[H, W, 3]`, uint8.
         - `progress`: is told of each step and stops the job by raising; `True` shows a tqdm bar.
         - `cancel`: stops the job from another thread.
@@ -186,6 +194,7 @@ class Pipeline(Closable):
         wanted.noise, wanted.start_latent = _numbers(noise), _numbers(start_latent)
         if start_image is not None:
             wanted.start_image = pointer(view(start_image))
+        wanted.schedule = schedule.pointer if schedule else None
         call = _receiving(library.macula_pipeline_draw, self.pointer, byref(wanted))
         return Images(run(call, wanted, progress, cancel))
 
@@ -239,6 +248,7 @@ class Pipeline(Closable):
         timestep_cond: np.ndarray | None = None,
         embedding: Embedding | None = None,
         first_conditional: int = 0,
+        stage: int = 0,
         cancel: CancelToken | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -254,7 +264,7 @@ class Pipeline(Closable):
         inputs.class_labels, inputs.timestep_cond = _numbers(class_labels, np.int64), _numbers(timestep_cond)
         inputs.embedding = embedding.pointer if embedding else None
         inputs.cancel = cancel.pointer if cancel else None
-        inputs.timestep, inputs.first_conditional = timestep, first_conditional
+        inputs.timestep, inputs.first_conditional, inputs.stage = timestep, first_conditional, stage
         if out is None:
             out = np.empty_like(states)
         elif not (out.dtype == np.float32 and out.flags.c_contiguous and out.flags.writeable):

@@ -82,7 +82,8 @@ pub struct Choice {
 /// time `T - 1`, has a drop error of at most [`Budget::drop_error`]. A component that is within it at no time is not
 /// dropped, nor are those coarser than it.
 ///
-/// Noise levels and what the model predicts are those of `like`; so are the class labels, if the choice has as many stages.
+/// Noise levels, what the model predicts and whether the models are ordinary ones are as in `like`; so are the class labels,
+/// if the choice has as many stages.
 ///
 /// # Errors
 /// [`crate::Status::InvalidArgument`] for a budget that is not above 0, costs that are not, and statistics of nothing;
@@ -114,6 +115,7 @@ pub fn choose_turning_points(like: &Schedule, statistics: &Statistics, budget: &
         turning_points,
         attenuation,
         stage_sizes: Vec::new(),
+        ordinary_models: like.decomposition().ordinary_models,
     })?;
     let cost = predicted_cost(&schedule, &budget.stage_costs);
     Ok(Choice { schedule, mean_squares, drop_errors, cost })

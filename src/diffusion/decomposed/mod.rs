@@ -15,6 +15,7 @@
 //! | `operators.rs` | the orthonormal coordinates: `down`, `up`, all components |
 //! | `schedule.rs` | the process as data: JSON, marginals, kernels, posterior, the error of dropping |
 //! | `plan.rs` | which times a walk visits, the coefficients of every component there, how many calls that takes |
+//! | `ordinary.rs` | what models of smaller pictures are told, which were not trained for the process |
 //! | `choose.rs` | turning points from a data set's statistics and a budget for what dropping costs |
 //! | `trajectory.rs` | a walk under way, step by step and lift by lift |
 //!
@@ -22,6 +23,7 @@
 
 mod choose;
 pub mod operators;
+mod ordinary;
 mod plan;
 mod schedule;
 mod trajectory;

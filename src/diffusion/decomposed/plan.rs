@@ -1,6 +1,7 @@
 //! A whole walk: which times it visits, each component's coefficients there, and where the state changes its size.
 
 use super::super::schedule::{self, Leg, PlanOptions, Step};
+use super::ordinary;
 use super::schedule::Schedule;
 use crate::error::{Error, Result};
 
@@ -85,8 +86,11 @@ impl Plan {
         for component in 0..=schedule.turning_points().len() {
             let faded = faded(schedule, component, &legs, &times);
             let coefficients = schedule::steps_of(config, options, &faded, fresh)?;
-            for (index, (step, coefficients)) in steps.iter_mut().zip(coefficients).enumerate() {
+            for (index, (step, mut coefficients)) in steps.iter_mut().zip(coefficients).enumerate() {
                 if step.stage <= component {
+                    if schedule.decomposition().ordinary_models && step.stage > 0 {
+                        ordinary::serve(&mut coefficients, step.stage, &config.training, config.prediction);
+                    }
                     step.components.push(coefficients);
                 } else if stages[index + 1] == component {
                     let spread = schedule.decomposition().lift_std.get(component).copied().unwrap_or(0.0);

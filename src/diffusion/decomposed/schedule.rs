@@ -10,6 +10,9 @@ use crate::error::{Error, Result, Status};
 
 /// The most turning points: each halves the sides, and no state has so many halvings in it.
 pub const MAX_TURNING_POINTS: usize = 14;
+/// The fields of a decomposition beside those of a scheduler.
+const FIELDS: [&str; 6] =
+    ["turning_points", "attenuation", "lift_std", "stage_class_labels", "stage_sizes", "ordinary_models"];
 /// The greatest exponent of the attenuation.
 const MAX_POWER: f64 = 1000.0;
 
@@ -49,6 +52,9 @@ pub struct Decomposition {
     pub stage_class_labels: Vec<i64>,
     /// For each stage, the side of the states that the model was trained with. Empty for any.
     pub stage_sizes: Vec<usize>,
+    /// Whether the models are ordinary ones of pictures of each stage's size, which were not trained for the process: they
+    /// are told the timestep of the noise beside the means of blocks of pixels. Nothing may fade then: `r` must be 1.
+    pub ordinary_models: bool,
 }
 
 /// A decomposed process: DVDP (arXiv 2211.16032) over a scheduler of the diffusers layout.
@@ -70,7 +76,7 @@ impl Schedule {
     ///
     /// ```text
     /// "turning_points": [360, 720], "attenuation": {"r": 0.1, "q": 2.0}, "lift_std": [0.05, 0.1],
-    /// "stage_class_labels": [1, 2, 3], "stage_sizes": [64, 32, 16]
+    /// "stage_class_labels": [1, 2, 3], "stage_sizes": [64, 32, 16], "ordinary_models": false
     /// ```
     ///
     /// all optional. `alphas_cumprod`, a list of `num_train_timesteps` numbers, may stand in place of betas. Other fields
@@ -85,7 +91,7 @@ impl Schedule {
             serde_json::from_slice(text).map_err(|e| Error::invalid_file(format!("not JSON: {e}")).caused_by(e))?;
         let Value::Object(mut scheduler) = value else { return Err(Error::invalid_file("not a JSON object")) };
         let decomposition = read(&Fields(&scheduler))?;
-        for name in ["turning_points", "attenuation", "lift_std", "stage_class_labels", "stage_sizes"] {
+        for name in FIELDS {
             scheduler.remove(name);
         }
         Self::new(scheduler, decomposition)
@@ -127,18 +133,19 @@ impl Schedule {
 
     /// The JSON object that [`Schedule::from_json`] reads as this schedule.
     pub fn to_json(&self) -> String {
-        let Decomposition { turning_points, attenuation, lift_std, stage_class_labels, stage_sizes } =
+        let Decomposition { turning_points, attenuation, lift_std, stage_class_labels, stage_sizes, ordinary_models } =
             &self.decomposition;
         let mut fields = self.scheduler.clone();
         fields.insert("turning_points".to_owned(), json!(turning_points));
         fields.insert("attenuation".to_owned(), json!({"r": attenuation.r, "q": attenuation.q}));
-        for (name, list, empty) in [
+        for (name, value, default) in [
             ("lift_std", json!(lift_std), lift_std.is_empty()),
             ("stage_class_labels", json!(stage_class_labels), stage_class_labels.is_empty()),
             ("stage_sizes", json!(stage_sizes), stage_sizes.is_empty()),
+            ("ordinary_models", json!(ordinary_models), !ordinary_models),
         ] {
-            if !empty {
-                fields.insert(name.to_owned(), list);
+            if !default {
+                fields.insert(name.to_owned(), value);
             }
         }
         format!("{:#}", Value::Object(fields))
@@ -253,11 +260,13 @@ fn read(fields: &Fields<'_>) -> Result<Decomposition> {
         lift_std: fields.numbers("lift_std")?.unwrap_or_default(),
         stage_class_labels: fields.wholes("stage_class_labels")?.unwrap_or_default(),
         stage_sizes: positive("stage_sizes")?,
+        ordinary_models: fields.flag("ordinary_models", false)?,
     })
 }
 
 fn check(decomposition: &Decomposition, times: usize) -> Result<()> {
-    let Decomposition { turning_points, attenuation, lift_std, stage_class_labels, stage_sizes } = decomposition;
+    let Decomposition { turning_points, attenuation, lift_std, stage_class_labels, stage_sizes, ordinary_models } =
+        decomposition;
     let refuse = |text: String| Err(Error::invalid_file(text));
     if turning_points.len() > MAX_TURNING_POINTS {
         return refuse(format!("{} turning_points, at most {MAX_TURNING_POINTS} are possible", turning_points.len()));
@@ -271,6 +280,9 @@ fn check(decomposition: &Decomposition, times: usize) -> Result<()> {
     let Attenuation { r, q } = *attenuation;
     if !(r > 0.0 && r <= 1.0 && (1.0..=MAX_POWER).contains(&q)) {
         return refuse(format!("attenuation is r = {r}, q = {q}; r must be in (0, 1] and q in [1, {MAX_POWER}]"));
+    }
+    if *ordinary_models && r != 1.0 {
+        return refuse(format!("attenuation is r = {r}, but ordinary_models never saw detail that fades: r must be 1"));
     }
     let stages = turning_points.len() + 1;
     for (name, given, wanted) in [

@@ -4,6 +4,8 @@
 //! model_index.json
 //! scheduler/scheduler_config.json     decomposed.json, if the model was trained for a decomposed process too
 //! unet/model.onnx               config.json: sample_size, down_block_types
+//! unet_1/model.onnx, unet_2/    where the stages of a decomposed process have UNets of their own, numbered without a gap;
+//!                               the last one serves all later stages too
 //! text_encoder/model.onnx       tokenizer/   tokenizer.json, or vocab.json and merges.txt; tokenizer_config.json
 //! text_encoder_2/model.onnx     tokenizer_2/                           (SDXL)
 //! vae_decoder/model.onnx        config.json: scaling_factor, shift_factor, block_out_channels
@@ -17,16 +19,20 @@ mod text;
 mod tokenizer;
 mod vae;
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::decomposed::operators::Size;
-use super::decomposed::{Budget, Choice, Decomposition, Plan, Schedule, Statistics, Trajectory, choose_turning_points};
+use super::decomposed::{
+    Budget, Choice, Decomposition, MAX_TURNING_POINTS, Plan, Schedule, Statistics, Trajectory, choose_turning_points,
+};
 use super::folder::Folder;
 use super::guidance::{self, Guidance, Noise, OnStep, Walk};
 use super::precision;
+use super::profiles::ExpectedStates;
 use super::schedule::{self, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
 use crate::concept::{Composition, GatheredConcept, Rows};
@@ -50,6 +56,18 @@ pub const MAX_SIDE: usize = 16_384;
 const KEPT_EMBEDDINGS: usize = 16;
 const UNGUIDED: Guidance = Guidance { scale: 1.0, rescale: 0.0 };
 const MAX_SCHEDULER_BYTES: u64 = 4 << 20;
+
+/// Prompts of up to as many chunks are expected.
+const EXPECTED_CHUNKS: usize = 4;
+
+/// What will be drawn at the model's own size, for providers that build for sizes ahead: TensorRT.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Expected {
+    /// The most pictures of a draw; 0 for one.
+    pub pictures: usize,
+    /// Stages of the schedule that will be walked; 0 for those of the folder's own, or one without it.
+    pub stages: usize,
+}
 
 /// What a draw starts from.
 #[derive(Clone, Copy, Debug, Default)]
@@ -184,6 +202,8 @@ pub struct PipelineInfo {
     pub latent_factor: usize,
     /// Tokens of a prompt's chunk; 0 for a model without text.
     pub chunk_tokens: usize,
+    /// UNets: more than 1 if stages of a decomposed process have their own.
+    pub unets: usize,
     /// What runs the UNet.
     pub provider: ProviderKind,
     /// Whether images can be encoded, for image-to-image.
@@ -192,7 +212,8 @@ pub struct PipelineInfo {
 
 /// A text-to-image model. One draw at a time.
 pub struct Pipeline {
-    unet: Unet,
+    /// By stage; at least one.
+    unets: Vec<Unet>,
     encoders: Vec<TextEncoder>,
     decoder: Option<Vae>,
     encoder: Option<Vae>,
@@ -203,10 +224,13 @@ pub struct Pipeline {
     info: PipelineInfo,
     concepts: Vec<AppliedConcept>,
     embeddings: Vec<(String, usize, Arc<Embedding>)>,
-    /// What [`Pipeline::denoise`] set up last, so that the steps after the first compute no keys and values.
-    stepped: Option<(Conditioning, usize, Option<String>)>,
+    /// What [`Pipeline::denoise`] set up last in each UNet, so that the steps after the first compute no keys and values.
+    stepped: Vec<Option<Stepped>>,
     source: UnetSource,
 }
+
+/// Conditioning, first conditional entry and prompt of a single step.
+type Stepped = (Conditioning, usize, Option<String>);
 
 /// Where the UNet came from: whoever differentiates it opens its file again.
 #[derive(Clone)]
@@ -226,6 +250,20 @@ impl Pipeline {
     /// [`crate::Status::NotFound`] for a part that is missing, [`crate::Status::InvalidFile`] for one that is damaged,
     /// [`crate::Status::Unsupported`] for one that is not handled; each names the file.
     pub fn open(runtime: &Runtime, folder: impl AsRef<Path>, options: &UnetOptions) -> Result<Self> {
+        Self::open_expecting(runtime, folder, options, Expected::default())
+    }
+
+    /// As [`Pipeline::open`], for draws that are known ahead: unless TensorRT was given profiles, its engines are built for
+    /// every stage of the schedule, for up to as many pictures with guidance, and for prompts of up to 4 chunks.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_expecting(
+        runtime: &Runtime,
+        folder: impl AsRef<Path>,
+        options: &UnetOptions,
+        expected: Expected,
+    ) -> Result<Self> {
         let folder = Folder::open(folder.as_ref())?;
         let index = folder
             .json("model_index.json")?
@@ -250,12 +288,33 @@ impl Pipeline {
         let unet_folder = required(&folder, "unet")?;
         let source =
             UnetSource { runtime: runtime.clone(), path: unet_folder.path("model.onnx"), options: options.clone() };
-        let unet = Unet::open(runtime, &source.path, options)?;
         let config = unet_folder.json("config.json")?.unwrap_or(Value::Null);
-        let info = describe(&unet, &config, &encoders, decoder.as_ref(), encoder.as_ref())
+        let mut paths = vec![source.path.clone()];
+        for stage in 1..=MAX_TURNING_POINTS {
+            let Some(folder) = folder.inner(&format!("unet_{stage}"))? else { break };
+            paths.push(folder.path("model.onnx"));
+        }
+        let last_stage = match expected.stages {
+            0 => schedule.as_ref().map_or(0, |schedule| schedule.turning_points().len()),
+            stages => stages.min(MAX_TURNING_POINTS + 1) - 1,
+        };
+        let mut unets: Vec<Unet> = Vec::new();
+        for (stage, path) in paths.iter().enumerate() {
+            let last = if stage + 1 < paths.len() { stage } else { last_stage.max(stage) };
+            let states = expected_states(&config, &encoders, decoder.as_ref(), expected.pictures, stage..=last)
+                .map_err(|error| error.at(unet_folder.name("config.json")))?;
+            let options = UnetOptions { expected: Some(states), ..options.clone() };
+            let mut unet = Unet::open(runtime, path, &options)?;
+            if let Some(first) = unets.first() {
+                unet.share_projections(first);
+            }
+            unets.push(unet);
+        }
+        let info = describe(&unets, &config, &encoders, decoder.as_ref(), encoder.as_ref())
             .map_err(|error| error.at(unet_folder.name("config.json")))?;
         Ok(Self {
-            unet,
+            stepped: vec![None; unets.len()],
+            unets,
             encoders,
             decoder,
             encoder,
@@ -265,7 +324,6 @@ impl Pipeline {
             info,
             concepts: Vec::new(),
             embeddings: Vec::new(),
-            stepped: None,
             source,
         })
     }
@@ -280,15 +338,19 @@ impl Pipeline {
         &self.info
     }
 
-    /// The UNet, for its projections and for hosts with a sampler of their own.
+    /// The UNet of full-sized states, for its projections and for hosts with a sampler of their own.
     pub fn unet(&self) -> &Unet {
-        &self.unet
+        &self.unets[0]
     }
 
     /// See [`Pipeline::unet`]. The next draw sets conditioning and composition anew.
     pub fn unet_mut(&mut self) -> &mut Unet {
-        self.stepped = None;
-        &mut self.unet
+        self.forget_steps();
+        &mut self.unets[0]
+    }
+
+    fn forget_steps(&mut self) {
+        self.stepped.fill(None);
     }
 
     /// The first tokenizer, which counts the rows of encodings.
@@ -311,8 +373,8 @@ impl Pipeline {
     }
 
     /// Whether this model can be walked by a schedule to pictures of a size in pixels: that it is no other model's, and that
-    /// the UNet takes every stage's size. One prediction is made for each size that was not drawn before, so a provider that
-    /// builds something for a size has built it when this returns.
+    /// the UNets take every stage's size. One prediction for `batch` states is made for each size that was not drawn before, so
+    /// a provider that builds something for a size has built it when this returns.
     ///
     /// # Errors
     /// Those of [`Pipeline::draw`] for a schedule that does not fit, naming the stage.
@@ -321,21 +383,32 @@ impl Pipeline {
         schedule: &Schedule,
         width: Option<usize>,
         height: Option<usize>,
+        batch: usize,
         cancel: &CancelToken,
     ) -> Result<()> {
-        let options =
-            DrawOptions { width, height, guidance: UNGUIDED, schedule: Some(schedule), ..DrawOptions::new("") };
+        if !(1..=2 * MAX_BATCH).contains(&batch) {
+            return Err(Error::invalid_argument(format!("the batch is {batch}, must be in 1..={}", 2 * MAX_BATCH)));
+        }
+        let options = DrawOptions {
+            width,
+            height,
+            images_per_prompt: batch,
+            guidance: UNGUIDED,
+            schedule: Some(schedule),
+            ..DrawOptions::new("")
+        };
         let (height, width) = self.size(&options)?;
-        let shape = self.state_shape(1, height, width);
+        let shape = self.state_shape(batch, height, width);
         self.fits(schedule, shape)?;
         let every_time = PlanOptions::new(schedule.config().training.len().min(schedule::MAX_STEPS));
         let trajectory = Trajectory::new(Plan::new(&schedule.with_sampler(Sampler::Ddim)?, every_time)?, shape)?;
         let texts = self.texts(&options, false, cancel)?;
-        let conditioning = self.conditioning(&options, &texts, (height, width), self.unet.guidance_features())?;
-        self.stepped = None;
-        self.unet.set_composition(Composition::new())?;
-        self.unet.set_conditioning(&conditioning)?;
-        guidance::rehearse(&mut self.unet, &trajectory, 1, cancel)
+        let conditioning = self.conditioning(&options, &texts, (height, width), self.unet().guidance_features())?;
+        self.forget_steps();
+        self.compose_stages(&Composition::new(), trajectory.stage())?;
+        let unets = guidance::used(&mut self.unets, trajectory.stage())?;
+        guidance::condition(unets, &conditioning)?;
+        guidance::rehearse(unets, &trajectory, 1, cancel)
     }
 
     /// Turning points for this model's noise levels, from pictures like those that it draws: see
@@ -372,17 +445,33 @@ impl Pipeline {
     ///
     /// # Errors
     /// [`crate::Status::InvalidArgument`] for a strength outside `[0, 1]`; [`crate::Status::Unsupported`] if this UNet's
-    /// keys and values can't be composed.
+    /// keys and values can't be composed. A draw by a schedule whose stages have UNets of other weights refuses them.
     pub fn set_concepts(&mut self, concepts: Vec<AppliedConcept>) -> Result<()> {
         // Checks strengths and the UNet now rather than in the next draw.
         let mut composition = Composition::new();
         for applied in &concepts {
             composition.push(applied.concept.clone(), applied.strength, Rows::All)?;
         }
-        self.stepped = None;
-        self.unet.set_composition(composition)?;
+        self.forget_steps();
+        self.unet_mut().set_composition(composition)?;
         self.concepts = concepts;
         Ok(())
+    }
+
+    /// Sets a composition, which is of the first UNet's weights, for one of the UNets.
+    fn compose(&mut self, composition: Composition, unet: usize) -> Result<()> {
+        if unet > 0 && !composition.is_base() && !self.unets[unet].shares_projections(self.unet()) {
+            return Err(Error::invalid_argument(format!(
+                "the concepts are of the weights of unet, and unet_{unet}, which serves stage {unet}, has others"
+            )));
+        }
+        self.unets[unet].set_composition(composition)
+    }
+
+    /// As [`Pipeline::compose`] for the UNets of all stages up to `last`.
+    fn compose_stages(&mut self, composition: &Composition, last: usize) -> Result<()> {
+        let used = guidance::used(&mut self.unets, last)?.len();
+        (0..used).try_for_each(|unet| self.compose(composition.clone(), unet))
     }
 
     /// The concepts of the coming draws.
@@ -407,7 +496,7 @@ impl Pipeline {
             self.embeddings.push(kept);
             return Ok(embedding);
         }
-        if let (Some(fixed), Some(encoder)) = (self.unet.shape().tokens, self.encoders.first()) {
+        if let (Some(fixed), Some(encoder)) = (self.unet().shape().tokens, self.encoders.first()) {
             let tokens = encoder.tokenizer.tokenize(prompt)?;
             let length = encoder.tokenizer.length();
             if tokens.chunks().len().max(chunks) * length != fixed {
@@ -428,8 +517,8 @@ impl Pipeline {
         Ok(embedding)
     }
 
-    /// One prediction under the pipeline's concepts, for hosts with a sampler of their own; otherwise as
-    /// [`Unet::denoise`].
+    /// One prediction under the pipeline's concepts by the UNet of a stage, for hosts with a sampler of their own; otherwise
+    /// as [`Unet::denoise`].
     ///
     /// Concepts of local scope act on the entries of the batch from `first_conditional` on; where their words stand is
     /// told by `prompt`, the encoding of those entries.
@@ -443,22 +532,24 @@ impl Pipeline {
         sample: &[f32],
         shape: [usize; 4],
         timestep: f64,
+        stage: usize,
         conditioning: &Conditioning,
         first_conditional: usize,
         prompt: Option<&Embedding>,
         cancel: &CancelToken,
     ) -> Result<Vec<f32>> {
+        let stage = stage.min(self.unets.len() - 1);
         let asked = Some((conditioning, first_conditional, prompt.map(|prompt| prompt.prompt.text())));
-        let bound = self.stepped.as_ref().map(|(bound, first, text)| (bound, *first, text.as_deref()));
+        let bound = self.stepped[stage].as_ref().map(|(bound, first, text)| (bound, *first, text.as_deref()));
         if asked != bound {
-            self.stepped = None;
             let composition = self.stepped_composition(conditioning.batch, first_conditional, prompt)?;
-            self.unet.set_composition(composition)?;
-            self.unet.set_conditioning(conditioning)?;
+            self.stepped[stage] = None;
+            self.compose(composition, stage)?;
+            self.unets[stage].set_conditioning(conditioning)?;
             let text = prompt.map(|prompt| prompt.prompt.text().to_owned());
-            self.stepped = Some((conditioning.clone(), first_conditional, text));
+            self.stepped[stage] = Some((conditioning.clone(), first_conditional, text));
         }
-        let prediction = self.unet.denoise(sample, shape, timestep, cancel)?;
+        let prediction = self.unets[stage].denoise(sample, shape, timestep, cancel)?;
         if prediction.iter().any(|value| !value.is_finite()) {
             return Err(Error::new(
                 Status::NotFinite,
@@ -511,12 +602,21 @@ impl Pipeline {
     pub fn memory(&self) -> SessionMemory {
         let sessions = self.encoders.iter().map(|encoder| &encoder.session);
         let sessions = sessions.chain(self.decoder.iter().chain(&self.encoder).map(Vae::session));
+        let sessions = sessions.chain(self.unets[1..].iter().map(Unet::session));
         let add = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
-        sessions.map(Session::memory).fold(self.unet.session().memory(), |sum, one| SessionMemory {
+        sessions.map(Session::memory).fold(self.unet().session().memory(), |sum, one| SessionMemory {
             weights: sum.weights + one.weights,
             arena: add(sum.arena, one.arena),
             arena_peak: add(sum.arena_peak, one.arena_peak),
         })
+    }
+
+    /// Bytes of key and value weights and of bound keys and values, beside the models' own; what UNets share counts once.
+    pub fn composing_bytes(&self) -> usize {
+        let shared = |unet: &&Unet| unet.shares_projections(self.unet());
+        let again: usize =
+            self.unets[1..].iter().filter(shared).filter_map(Unet::projections).map(|all| all.memory_bytes()).sum();
+        self.unets.iter().map(Unet::memory_bytes).sum::<usize>() - again
     }
 
     /// Draws images, prompt by prompt.
@@ -558,16 +658,16 @@ impl Pipeline {
         let (height, width) = self.size(options)?;
         let shape = self.state_shape(batch, height, width);
         let (plan, stage_class_labels) = self.plan(options, shape)?;
-        let embedded_guidance = self.unet.guidance_features();
+        let embedded_guidance = self.unet().guidance_features();
         let guidance = match embedded_guidance {
             Some(_) => UNGUIDED,
             None => options.guidance,
         };
         let texts = self.texts(options, guidance.needs_unconditional(), &job.cancel)?;
         let conditioning = self.conditioning(options, &texts, (height, width), embedded_guidance)?;
-        self.stepped = None;
+        self.forget_steps();
         let composition = self.composition(&texts, options)?;
-        self.unet.set_composition(composition)?;
+        self.compose_stages(&composition, plan.first_stage())?;
         let clean = self.clean(options, shape, &job.cancel)?;
         let walk = Walk {
             shape,
@@ -584,7 +684,7 @@ impl Pipeline {
             clean: clean.as_deref(),
             on_step,
         };
-        Ok((walk.run(&mut self.unet, job)?, shape))
+        Ok((walk.run(&mut self.unets, job)?, shape))
     }
 
     /// Images of latents `[B, C, h, w]`.
@@ -655,14 +755,14 @@ impl Pipeline {
         options.guidance = UNGUIDED;
         options.class_label = class_label;
         let texts = self.texts(&options, false, cancel)?;
-        let conditioning = self.conditioning(&options, &texts, (height, width), self.unet.guidance_features())?;
+        let conditioning = self.conditioning(&options, &texts, (height, width), self.unet().guidance_features())?;
         Ok((conditioning, texts.prompts))
     }
 
     /// Height and width in pixels.
     fn size(&self, options: &DrawOptions<'_>) -> Result<(usize, usize)> {
         let multiple = self.info.side_multiple;
-        let fixed = self.unet.shape();
+        let fixed = self.unet().shape();
         let side = |name: &str, wanted: Option<usize>, default: usize, fixed: Option<usize>| {
             let side = wanted.unwrap_or(default);
             let fixed = fixed.map(|latent| latent * self.info.latent_factor);
@@ -713,7 +813,7 @@ impl Pipeline {
     fn fits(&self, schedule: &Schedule, shape: [usize; 4]) -> Result<()> {
         schedule.check_model(&self.scheduler(Some(schedule.config().sampler))?)?;
         let decomposition = schedule.decomposition();
-        if !decomposition.stage_class_labels.is_empty() && !self.unet.takes_class_labels() {
+        if !decomposition.stage_class_labels.is_empty() && !self.unet().takes_class_labels() {
             return Err(Error::invalid_argument(
                 "the schedule is another model's: it has stage_class_labels, and this UNet takes no class",
             ));
@@ -744,7 +844,7 @@ impl Pipeline {
     /// Encodings of the prompts, then of the negative prompt if it is needed, all of one length.
     fn texts(&mut self, options: &DrawOptions<'_>, guided: bool, cancel: &CancelToken) -> Result<Texts> {
         if self.encoders.is_empty() {
-            if self.unet.takes_text() {
+            if self.unet().takes_text() {
                 return Err(Error::not_found(
                     "the UNet takes text, and the folder has no text_encoder: encode prompts elsewhere and denoise",
                 ));
@@ -799,7 +899,7 @@ impl Pipeline {
             )?,
             ..Conditioning::default()
         };
-        if self.unet.takes_sizes() {
+        if self.unet().takes_sizes() {
             let pooled: Option<Vec<f32>> = entries
                 .iter()
                 .map(|entry| entry.pooled.as_ref())
@@ -813,7 +913,7 @@ impl Pipeline {
             let sizes = [original.0, original.1, options.crop.0, options.crop.1, target.0, target.1];
             conditioning.time_ids = Some(sizes.map(|size| size as f32).repeat(batch));
         }
-        if self.unet.takes_class_labels() {
+        if self.unet().takes_class_labels() {
             conditioning.class_labels = Some(vec![options.class_label; batch]);
         }
         if let Some(features) = embedded_guidance {
@@ -929,25 +1029,15 @@ fn open_encoders(runtime: &Runtime, folder: &Folder, options: &UnetOptions) -> R
 }
 
 fn describe(
-    unet: &Unet,
+    unets: &[Unet],
     config: &Value,
     encoders: &[TextEncoder],
     decoder: Option<&Vae>,
     encoder: Option<&Vae>,
 ) -> Result<PipelineInfo> {
-    let whole = |name: &str, value: &Value, most: u64| match value.as_u64() {
-        Some(number) if (1..=most).contains(&number) => Ok(number as usize),
-        _ => Err(Error::invalid_file(format!("{name} is {value}, must be a whole number in 1..={most}"))),
-    };
     let factor = decoder.map_or(1, |decoder| decoder.factor);
-    let most = (MAX_SIDE / factor) as u64;
-    let (height, width) = match config.get("sample_size") {
-        None | Some(Value::Null) => (64, 64),
-        Some(Value::Array(sides)) if sides.len() == 2 => {
-            (whole("sample_size", &sides[0], most)?, whole("sample_size", &sides[1], most)?)
-        }
-        Some(side) => (whole("sample_size", side, most)?, whole("sample_size", side, most)?),
-    };
+    let (height, width) = sample_size(config, factor)?;
+    let unet = &unets[0];
     let shape = unet.shape();
     let latent_channels = match (shape.channels, config.get("in_channels")) {
         (Some(channels), _) => channels,
@@ -965,10 +1055,45 @@ fn describe(
         side_multiple: unet.shape().multiple * factor,
         latent_channels,
         latent_factor: factor,
+        unets: unets.len(),
         chunk_tokens: encoders.first().map_or(0, |encoder| encoder.tokenizer.length()),
         provider: unet.session().provider(),
         encodes_images: encoder.is_some() || decoder.is_none(),
     })
+}
+
+fn whole(name: &str, value: &Value, most: u64) -> Result<usize> {
+    match value.as_u64() {
+        Some(number) if (1..=most).contains(&number) => Ok(number as usize),
+        _ => Err(Error::invalid_file(format!("{name} is {value}, must be a whole number in 1..={most}"))),
+    }
+}
+
+/// Height and width of a full-sized state, of which a number stands for `factor` pixels of a side.
+fn sample_size(config: &Value, factor: usize) -> Result<(usize, usize)> {
+    let side = |value: &Value| whole("sample_size", value, (MAX_SIDE / factor) as u64);
+    match config.get("sample_size") {
+        None | Some(Value::Null) => Ok((64, 64)),
+        Some(Value::Array(sides)) if sides.len() == 2 => Ok((side(&sides[0])?, side(&sides[1])?)),
+        Some(both) => Ok((side(both)?, side(both)?)),
+    }
+}
+
+/// The states that the UNet of these stages will be asked about.
+fn expected_states(
+    config: &Value,
+    encoders: &[TextEncoder],
+    decoder: Option<&Vae>,
+    pictures: usize,
+    stages: RangeInclusive<usize>,
+) -> Result<ExpectedStates> {
+    let (height, width) = sample_size(config, decoder.map_or(1, |decoder| decoder.factor))?;
+    // Counts only where the graph leaves the channels open.
+    let channels = config.get("in_channels").and_then(Value::as_u64).map_or(3, |channels| channels.min(1024) as usize);
+    let chunk = encoders.first().map_or(1, |encoder| encoder.tokenizer.length());
+    let tokens = chunk..=chunk.saturating_mul(EXPECTED_CHUNKS);
+    let batch = pictures.clamp(1, MAX_BATCH) * 2;
+    Ok(ExpectedStates { batch, channels, height, width, stages, tokens })
 }
 
 /// The sinusoidal embedding of `1000 w` that distilled models take (arXiv 2310.04378, appendix; as for timesteps in
