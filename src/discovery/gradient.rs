@@ -24,7 +24,7 @@ use crate::onnx::grad::{self, Effort, Facts};
 use crate::onnx::graph::element_type;
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
-use crate::runtime::{ElementType, Runtime, Session, SessionOptions, Tensor, observe};
+use crate::runtime::{ElementType, Provider, Runtime, Session, SessionOptions, Tensor, observe};
 
 /// Which projections of cross-attention are searched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -168,9 +168,17 @@ impl KeyValueGradient {
         model.edit(|edit| {
             let kept = |name: &str| gradient.gradients.iter().any(|one| one == name) || name == names.loss.of_samples;
             edit.graph_mut().output.retain(|info| kept(info.name()));
+            // The graph is for this shape: with known sizes ONNX Runtime folds what computes with them.
+            for (name, tensor) in &given {
+                edit.fix_input(name, tensor.shape());
+            }
             edit.drop_unused();
             Ok(())
         })?;
+        if session_options.provider == Provider::Cpu {
+            // What no gradient passes.
+            attention::fuse(&mut model)?;
+        }
         names.cotangent = gradient.cotangent;
         let session = runtime.session(&model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();
