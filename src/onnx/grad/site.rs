@@ -47,10 +47,7 @@ impl Sweep<'_> {
     }
 
     fn sizes(&self, name: &str) -> Option<Vec<Size>> {
-        if let Some(sizes) = self.facts.sizes(name) {
-            return Some(sizes.to_vec());
-        }
-        None
+        self.facts.sizes(name).map(<[Size]>::to_vec)
     }
 }
 
@@ -113,6 +110,11 @@ impl<'s> Site<'s> {
     /// The cotangent of any value that the sweep has passed.
     pub(super) fn cotangent_of(&self, value: &str) -> Option<Expr> {
         self.sweep.cotangents.borrow().get(value).cloned()
+    }
+
+    /// The node that makes input `index`.
+    pub(super) fn maker(&self, index: usize) -> Option<&'s NodeProto> {
+        self.sweep.topology.producer(self.input(index)).map(|(_, node)| node)
     }
 
     /// The only node that uses output `index`, which is no output of the graph.
