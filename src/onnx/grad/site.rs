@@ -117,6 +117,11 @@ impl<'s> Site<'s> {
         self.sweep.topology.producer(self.input(index)).map(|(_, node)| node)
     }
 
+    /// Whether one node alone uses a value, which is no output of the graph.
+    pub(super) fn is_alone(&self, value: &str) -> bool {
+        self.sweep.topology.uses(value).len() == 1 && !self.sweep.topology.is_output(value)
+    }
+
     /// The only node that uses output `index`, which is no output of the graph.
     pub(super) fn only_user(&self, index: usize) -> Option<&'s NodeProto> {
         let value = self.output(index);
