@@ -23,6 +23,16 @@ pub(super) struct Sweep<'g> {
     pub(super) effort: Effort,
     pub(super) graph: Graph,
     pub(super) cotangents: RefCell<HashMap<String, Expr>>,
+    /// Cotangents of parts of values, until those of the other parts are there.
+    pub(super) parts: RefCell<HashMap<String, Vec<Part>>>,
+}
+
+/// The cotangent of the places from `start` on along one axis of a value.
+pub(super) struct Part {
+    pub(super) cotangent: Expr,
+    pub(super) axis: usize,
+    pub(super) start: usize,
+    pub(super) count: usize,
 }
 
 impl Sweep<'_> {
@@ -34,6 +44,32 @@ impl Sweep<'_> {
             None => cotangent,
         };
         cotangents.insert(value.to_owned(), sum);
+    }
+
+    /// Adds the cotangents of a value's parts to its own, when there will be no more of them: side by side if they make
+    /// up the whole value, else with zeros around each.
+    pub(super) fn settle(&self, value: &str) {
+        let Some(mut parts) = self.parts.borrow_mut().remove(value) else { return };
+        let Some(sizes) = self.fixed_sizes(value) else { return };
+        parts.sort_by_key(|part| (part.axis, part.start));
+        let axis = parts[0].axis;
+        let mut end = 0;
+        let adjoin = parts.iter().all(|part| {
+            let follows = part.axis == axis && part.start == end;
+            end += part.count;
+            follows
+        });
+        if adjoin && end == sizes[axis] {
+            let cotangents: Vec<Expr> = parts.into_iter().map(|part| part.cotangent).collect();
+            self.add(value, cotangents[0].join_all(&cotangents[1..], axis as i64));
+            return;
+        }
+        for Part { cotangent, axis, start, count } in parts {
+            let mut pads = vec![0; 2 * sizes.len()];
+            pads[axis] = start as i64;
+            pads[sizes.len() + axis] = (sizes[axis] - start - count) as i64;
+            self.add(value, cotangent.op("Pad", &[&self.graph.ints(&pads)]));
+        }
     }
 
     /// A value in the precision that gradients have: f64 for f64, f32 for everything else of floating point.
@@ -48,6 +84,11 @@ impl Sweep<'_> {
 
     fn sizes(&self, name: &str) -> Option<Vec<Size>> {
         self.facts.sizes(name).map(<[Size]>::to_vec)
+    }
+
+    /// The sizes of a value, if no run changes them.
+    pub(super) fn fixed_sizes(&self, name: &str) -> Option<Vec<usize>> {
+        self.facts.sizes(name)?.iter().map(Size::fixed).collect()
     }
 }
 
@@ -143,6 +184,13 @@ impl<'s> Site<'s> {
         }
     }
 
+    /// Gives the cotangent of a part of input `index`, whose sizes are fixed. The rest of it gets none from here.
+    pub(super) fn give_part(&self, index: usize, part: Part) {
+        if self.wants(index) {
+            self.sweep.parts.borrow_mut().entry(self.input(index).to_owned()).or_default().push(part);
+        }
+    }
+
     /// As [`Site::give`] for a cotangent in the shape of output 0, which input `index` was broadcast to.
     pub(super) fn give_broadcast(&self, index: usize, cotangent: impl FnOnce() -> Expr) -> Result<()> {
         if self.wants(index) {
@@ -173,6 +221,11 @@ impl<'s> Site<'s> {
     /// The sizes of output `index`.
     pub(super) fn output_sizes(&self, index: usize) -> Result<Vec<Size>> {
         self.sweep.sizes(self.output(index)).ok_or_else(|| self.unknown(self.output(index)))
+    }
+
+    /// The sizes of input `index`, if no run changes them.
+    pub(super) fn fixed_sizes(&self, index: usize) -> Option<Vec<usize>> {
+        self.sweep.fixed_sizes(self.input(index))
     }
 
     pub(super) fn rank(&self, index: usize) -> Result<usize> {
