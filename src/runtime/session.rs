@@ -23,7 +23,7 @@ use crate::onnx::proto;
 use crate::progress::CancelToken;
 
 /// How much a graph is rewritten before it runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Optimization {
     /// Not at all.
     Off,

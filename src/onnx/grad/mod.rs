@@ -34,7 +34,8 @@ pub enum Effort {
     /// The fastest backward graph: weights may be kept a second time, transposed.
     #[default]
     Speed,
-    /// No second copy of a weight.
+    /// No second copy of a weight, and no attention weights kept from the forward pass: they are computed again, block by
+    /// block.
     Memory,
 }
 
