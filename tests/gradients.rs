@@ -484,6 +484,55 @@ fn model_of(nodes: Vec<NodeProto>, opsets: &[(&str, i64)], functions: Vec<Functi
     Model::from_bytes(proto.encode_to_vec().into(), None, &Limits::default()).unwrap()
 }
 
+#[test]
+fn attention_computed_again_in_blocks_has_the_same_gradient() {
+    // More scores than one block holds, for one head already.
+    let sizes = [("q", [2, 2100, 4]), ("k", [2, 4, 2048]), ("v", [2, 2048, 4])];
+    let graph = GraphProto {
+        name: Some("attention".into()),
+        node: vec![
+            node("MatMul", ["q", "k"], ["scores"]),
+            node("Mul", ["scores", "scale"], ["scaled"]),
+            node("Softmax", ["scaled"], ["weights"]).with("axis", -1),
+            node("MatMul", ["weights", "v"], ["y"]),
+            node("Neg", ["y"], ["z"]),
+        ],
+        initializer: vec![build::tensor("scale", DataType::Float, &[], 0.5f32.to_le_bytes().to_vec())],
+        input: sizes.map(|(name, sizes)| build::value(name, DataType::Float, Some(&sizes.map(Dim::Fixed)))).to_vec(),
+        output: vec![build::value("z", DataType::Float, Some(&[2, 2100, 4].map(Dim::Fixed)))],
+        ..GraphProto::default()
+    };
+    let model = Model::new(graph, &[("", 17)], &Limits::default()).unwrap();
+    let waves = |sizes: [i64; 3], pace: f32| {
+        let sizes = sizes.map(|size| size as usize);
+        let values: Vec<f32> = (0..sizes.iter().product()).map(|at| (at as f32 * pace).sin()).collect();
+        Tensor::from_slice(&sizes, &values).unwrap()
+    };
+    let mut inputs: Vec<(String, Tensor)> = sizes
+        .iter()
+        .zip([0.7, 0.9, 1.1])
+        .map(|((name, sizes), pace)| (name.to_string(), waves(*sizes, pace)))
+        .collect();
+    let bench = Bench { runtime: runtime() };
+    let facts = bench.facts(&model, &["q", "k", "v"], "z", std::slice::from_ref(&inputs)).unwrap();
+    let [speed, memory] = [Effort::Speed, Effort::Memory].map(|effort| {
+        let gradient = grad::vjp(&model, &facts, &["q", "k", "v"], "z", effort).unwrap();
+        inputs.truncate(3);
+        inputs.push((gradient.cotangent, waves([2, 2100, 4], 1.3)));
+        assert_eq!(
+            gradient.model.graph().node.iter().filter(|node| node.is("Softmax")).count() > 1,
+            effort == Effort::Memory
+        );
+        bench.run(&gradient.model, &gradient.gradients, &inputs).unwrap()
+    });
+    for (speed, memory) in speed.iter().zip(&memory) {
+        let [speed, memory] = [speed, memory].map(|tensor| tensor.as_slice::<f32>().unwrap());
+        let largest = speed.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let error = speed.iter().zip(memory).fold(0f32, |error, (a, b)| error.max((a - b).abs()));
+        assert!(error <= TOLERANCE as f32 * largest, "{error:e} of {largest:e}");
+    }
+}
+
 fn facts_of_sizes(model: &Model) -> Facts {
     let questions = grad::questions(model, &["x"], "y").unwrap();
     let sizes = questions.sizes.into_iter().map(|value| (value, vec![2, 3])).collect();

@@ -24,7 +24,7 @@ use crate::onnx::grad::{self, Effort, Facts};
 use crate::onnx::graph::element_type;
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
-use crate::runtime::{ElementType, Runtime, Session, SessionOptions, Tensor, observe};
+use crate::runtime::{ElementType, Optimization, Provider, Runtime, Session, SessionOptions, Tensor, observe};
 
 /// Which projections of cross-attention are searched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -51,7 +51,8 @@ impl Searched {
 /// How a gradient is made and run.
 #[derive(Clone, Debug, Default)]
 pub struct GradientOptions {
-    /// How ONNX Runtime runs it. Memory patterns are left off: they would double the peak.
+    /// How ONNX Runtime runs it. Memory patterns are left off: they would double the peak. With [`Effort::Memory`],
+    /// prepacking, the arena and layouts of the CPU are off too.
     pub session: SessionOptions,
     /// What the model file may ask for.
     pub limits: Limits,
@@ -147,6 +148,13 @@ impl KeyValueGradient {
         let loss = grad::mean_squared_error(&mut model, &output, 4)?;
         let mut session_options = options.session.clone();
         session_options.memory_pattern = false;
+        if options.effort == Effort::Memory {
+            // Packed or in the layout of the CPU, every weight would be there once more.
+            session_options.prepacking = false;
+            // An arena keeps what no value needs any more.
+            session_options.arena = false;
+            session_options.optimization = session_options.optimization.min(Optimization::Extended);
+        }
         let lot = match options.lot {
             _ if one_timestep(&model) => 1,
             0 => example.timesteps.len(),
@@ -168,9 +176,17 @@ impl KeyValueGradient {
         model.edit(|edit| {
             let kept = |name: &str| gradient.gradients.iter().any(|one| one == name) || name == names.loss.of_samples;
             edit.graph_mut().output.retain(|info| kept(info.name()));
+            // The graph is for this shape: with known sizes ONNX Runtime folds what computes with them.
+            for (name, tensor) in &given {
+                edit.fix_input(name, tensor.shape());
+            }
             edit.drop_unused();
             Ok(())
         })?;
+        if session_options.provider == Provider::Cpu {
+            // What no gradient passes, and what the gradient computes again.
+            attention::fuse(&mut model)?;
+        }
         names.cotangent = gradient.cotangent;
         let session = runtime.session(&model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();

@@ -6,7 +6,7 @@ use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use super::build::{self, Dim, Names};
 use super::external::ExternalFiles;
-use super::graph::{Origin, Topology, captured};
+use super::graph::{Origin, Topology, captured, element_type};
 use super::model::Model;
 use super::proto::tensor_proto::DataType;
 use super::proto::{FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, ValueInfoProto};
@@ -181,6 +181,16 @@ impl Edit {
             Some(present) => Err(Error::unsupported(format!(
                 "the model uses version {present} of the operator set {domain:?}, not {version}"
             ))),
+        }
+    }
+
+    /// Declares an input to be of these sizes, if the graph has such an input: what computes with sizes then follows from
+    /// constants.
+    pub fn fix_input(&mut self, name: &str, sizes: &[usize]) {
+        let input = self.model.graph.input.iter_mut().find(|info| info.name() == name);
+        if let Some((info, data_type)) = input.and_then(|info| element_type(info).map(|data_type| (info, data_type))) {
+            let dims: Vec<Dim> = sizes.iter().map(|&size| Dim::Fixed(size as i64)).collect();
+            *info = build::value(name, data_type, Some(&dims));
         }
     }
 

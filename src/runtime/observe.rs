@@ -1,8 +1,9 @@
 //! One run of a model in which it tells the sizes of its values: what a gradient is written for.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
 
-use super::{Runtime, SessionOptions, Tensor};
+use super::{Optimization, Runtime, SessionOptions, Tensor};
 use crate::error::{Error, Result};
 use crate::onnx::build::{self, node};
 use crate::onnx::grad::{Observation, Questions};
@@ -11,7 +12,8 @@ use crate::onnx::{DataType, Model};
 use crate::progress::CancelToken;
 
 /// Runs a model once with the inputs and answers the questions: sizes by `Shape` nodes, integers as further outputs.
-/// Memory and time are those of one run, since nothing but the answers is kept.
+/// What follows from the sizes of the inputs is not computed; for the rest, memory and time are those of one run, since
+/// nothing but the answers is kept.
 ///
 /// Errors: as [`Runtime::session`] and [`super::Session::run`].
 pub fn observe(
@@ -24,22 +26,35 @@ pub fn observe(
 ) -> Result<Observation> {
     let mut asking = plain(model)?.into_owned();
     let (sizes, numbers) = asking.edit(|edit| {
+        for (name, tensor) in inputs {
+            edit.fix_input(name, tensor.shape());
+        }
         edit.graph_mut().output.clear();
+        let mut answers = Vec::new();
         let mut ask = |op_type: &str, values: &BTreeSet<String>| {
             let mut names = Vec::with_capacity(values.len());
             for value in values {
                 let name = edit.fresh_name(&format!("{value}/asked"));
-                edit.graph_mut().node.push(node(op_type, [value.as_str()], [name.as_str()]));
+                answers.push((value.clone(), node(op_type, [value.as_str()], [name.as_str()])));
                 edit.graph_mut().output.push(build::value(&name, DataType::Int64, None));
                 names.push(name);
             }
             names
         };
         let asked = (ask("Shape", &questions.sizes), ask("Identity", &questions.numbers));
+        // ONNX Runtime takes what ends a graph from behind: so each value is asked as soon as it is there, and is gone
+        // before the next.
+        let made = edit.graph().node.iter().enumerate();
+        let made = made.flat_map(|(at, node)| node.output.iter().map(move |value| (value.clone(), at)));
+        let made: HashMap<String, usize> = made.collect();
+        answers.sort_by_key(|(value, _)| Reverse(made.get(value).copied()));
+        edit.graph_mut().node.extend(answers.into_iter().map(|(_, node)| node));
         edit.drop_unused();
         Ok(asked)
     })?;
-    let session = runtime.session(&asking, options)?;
+    // The session is used once: what rewriting the graph and packing weights costs would not come back.
+    let once = SessionOptions { optimization: Optimization::Basic, prepacking: false, ..options.clone() };
+    let session = runtime.session(&asking, &once)?;
     let used: Vec<&str> = asking.graph().input.iter().map(|input| input.name()).collect();
     let inputs: Vec<(&str, &Tensor)> = inputs.iter().copied().filter(|(name, _)| used.contains(name)).collect();
     let outputs: Vec<&str> = sizes.iter().chain(&numbers).map(String::as_str).collect();

@@ -23,7 +23,7 @@ use crate::onnx::proto;
 use crate::progress::CancelToken;
 
 /// How much a graph is rewritten before it runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Optimization {
     /// Not at all.
     Off,
@@ -61,6 +61,9 @@ pub struct SessionOptions {
     /// Whether the memory of a run is planned as one block from earlier runs of the same shapes. Faster, but it can
     /// raise the peak.
     pub memory_pattern: bool,
+    /// Whether kernels keep weights a second time, packed for themselves. Faster, but what they need is not shared with
+    /// the files that external weights lie in.
+    pub prepacking: bool,
     /// Whether the CPU's memory comes from an arena, which keeps what it once had.
     pub arena: bool,
     /// Whether the arena gives unused memory back after each run.
@@ -87,6 +90,7 @@ impl Default for SessionOptions {
             optimization: Optimization::default(),
             deterministic: false,
             memory_pattern: true,
+            prepacking: true,
             arena: true,
             shrink: false,
             cache: None,
@@ -262,6 +266,7 @@ impl RawOptions {
         raw.set("session.intra_op.allow_spinning", spinning)?;
         raw.set("session.inter_op.allow_spinning", spinning)?;
         raw.set("session.force_spinning_stop", "1")?;
+        raw.set("session.disable_prepacking", if options.prepacking { "0" } else { "1" })?;
         if let Some(affinity) = &options.affinity {
             raw.set("session.intra_op_thread_affinities", affinity)?;
         }

@@ -18,16 +18,16 @@ use crate::error::Result;
 const DOMAIN: &str = "com.microsoft";
 
 /// An attention in the graph: `softmax(scale * queries * keys) * values`.
-struct Written {
+pub(in crate::onnx) struct Written {
     /// `[.., queries, features]`
-    queries: String,
+    pub(in crate::onnx) queries: String,
     /// `[.., features, keys]`
-    keys: String,
+    pub(in crate::onnx) keys: String,
     /// `[.., keys, features]`
-    values: String,
+    pub(in crate::onnx) values: String,
     /// `[.., queries, features]`
-    result: String,
-    scale: f32,
+    pub(in crate::onnx) result: String,
+    pub(in crate::onnx) scale: f32,
     axes: usize,
 }
 
@@ -61,7 +61,7 @@ fn written(model: &Model) -> Vec<Written> {
 }
 
 /// The attention around a Softmax, if nothing but a scale lies between it and the two products.
-fn around(model: &Model, topology: &Topology<'_>, softmax: &NodeProto) -> Option<Written> {
+pub(in crate::onnx) fn around(model: &Model, topology: &Topology<'_>, softmax: &NodeProto) -> Option<Written> {
     let mut scores = made_for_one(topology, softmax.input.first()?)?;
     let mut scale = 1.0;
     if let ("Mul" | "Div", [a, b]) = (scores.op_type(), &scores.input[..]) {

@@ -26,6 +26,7 @@ use super::tensor::DataType;
 use crate::error::{Error, Result};
 
 pub use columns::Columns;
+pub(super) use fuse::around;
 pub use fuse::fuse;
 use search::Search;
 

@@ -276,6 +276,11 @@ impl Expr {
         self.op_with("Concat", others, |node| node.with("axis", axis))
     }
 
+    /// As [`Expr::join`]; without others the value itself.
+    pub(super) fn join_all(&self, others: &[Expr], axis: i64) -> Expr {
+        if others.is_empty() { self.clone() } else { self.join(&others.iter().collect::<Vec<_>>(), axis) }
+    }
+
     /// Backwards along axes.
     pub(super) fn flip(&self, axes: &[i64]) -> Expr {
         let of = |value| self.graph.ints(&vec![value; axes.len()]);

@@ -34,7 +34,8 @@ pub enum Effort {
     /// The fastest backward graph: weights may be kept a second time, transposed.
     #[default]
     Speed,
-    /// No second copy of a weight.
+    /// No second copy of a weight, and no attention weights kept from the forward pass: they are computed again, block by
+    /// block.
     Memory,
 }
 
@@ -80,8 +81,10 @@ pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Eff
         effort,
         graph: graph.clone(),
         cotangents: RefCell::new(HashMap::from([(output.to_owned(), seed)])),
+        parts: RefCell::default(),
     };
     for (node, _) in model.graph().node.iter().zip(path.nodes()).rev().filter(|(_, on)| **on) {
+        node.output.iter().for_each(|output| sweep.settle(output));
         let reached = node.output.iter().any(|output| sweep.cotangents.borrow().contains_key(output));
         if !reached {
             continue;
@@ -100,6 +103,7 @@ pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Eff
     let mut gradients = Vec::new();
     let mut outputs = Vec::new();
     for value in wrt {
+        sweep.settle(value);
         let found = sweep.cotangents.borrow().get(*value).cloned();
         let found = found.ok_or_else(|| Error::invalid_argument(format!("{output:?} does not depend on {value:?}")))?;
         // An output of its own, also where two gradients are one value or the cotangent itself.

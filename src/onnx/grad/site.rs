@@ -23,6 +23,16 @@ pub(super) struct Sweep<'g> {
     pub(super) effort: Effort,
     pub(super) graph: Graph,
     pub(super) cotangents: RefCell<HashMap<String, Expr>>,
+    /// Cotangents of parts of values, until those of the other parts are there.
+    pub(super) parts: RefCell<HashMap<String, Vec<Part>>>,
+}
+
+/// The cotangent of the places from `start` on along one axis of a value.
+pub(super) struct Part {
+    pub(super) cotangent: Expr,
+    pub(super) axis: usize,
+    pub(super) start: usize,
+    pub(super) count: usize,
 }
 
 impl Sweep<'_> {
@@ -36,6 +46,32 @@ impl Sweep<'_> {
         cotangents.insert(value.to_owned(), sum);
     }
 
+    /// Adds the cotangents of a value's parts to its own, when there will be no more of them: side by side if they make
+    /// up the whole value, else with zeros around each.
+    pub(super) fn settle(&self, value: &str) {
+        let Some(mut parts) = self.parts.borrow_mut().remove(value) else { return };
+        let Some(sizes) = self.fixed_sizes(value) else { return };
+        parts.sort_by_key(|part| (part.axis, part.start));
+        let axis = parts[0].axis;
+        let mut end = 0;
+        let adjoin = parts.iter().all(|part| {
+            let follows = part.axis == axis && part.start == end;
+            end += part.count;
+            follows
+        });
+        if adjoin && end == sizes[axis] {
+            let cotangents: Vec<Expr> = parts.into_iter().map(|part| part.cotangent).collect();
+            self.add(value, cotangents[0].join_all(&cotangents[1..], axis as i64));
+            return;
+        }
+        for Part { cotangent, axis, start, count } in parts {
+            let mut pads = vec![0; 2 * sizes.len()];
+            pads[axis] = start as i64;
+            pads[sizes.len() + axis] = (sizes[axis] - start - count) as i64;
+            self.add(value, cotangent.op("Pad", &[&self.graph.ints(&pads)]));
+        }
+    }
+
     /// A value in the precision that gradients have: f64 for f64, f32 for everything else of floating point.
     pub(super) fn value(&self, name: &str) -> Expr {
         let data_type = self.path.data_type(name).unwrap_or(DataType::Float);
@@ -47,10 +83,12 @@ impl Sweep<'_> {
     }
 
     fn sizes(&self, name: &str) -> Option<Vec<Size>> {
-        if let Some(sizes) = self.facts.sizes(name) {
-            return Some(sizes.to_vec());
-        }
-        None
+        self.facts.sizes(name).map(<[Size]>::to_vec)
+    }
+
+    /// The sizes of a value, if no run changes them.
+    pub(super) fn fixed_sizes(&self, name: &str) -> Option<Vec<usize>> {
+        self.facts.sizes(name)?.iter().map(Size::fixed).collect()
     }
 }
 
@@ -115,6 +153,16 @@ impl<'s> Site<'s> {
         self.sweep.cotangents.borrow().get(value).cloned()
     }
 
+    /// The node that makes input `index`.
+    pub(super) fn maker(&self, index: usize) -> Option<&'s NodeProto> {
+        self.sweep.topology.producer(self.input(index)).map(|(_, node)| node)
+    }
+
+    /// Whether one node alone uses a value, which is no output of the graph.
+    pub(super) fn is_alone(&self, value: &str) -> bool {
+        self.sweep.topology.uses(value).len() == 1 && !self.sweep.topology.is_output(value)
+    }
+
     /// The only node that uses output `index`, which is no output of the graph.
     pub(super) fn only_user(&self, index: usize) -> Option<&'s NodeProto> {
         let value = self.output(index);
@@ -133,6 +181,13 @@ impl<'s> Site<'s> {
     pub(super) fn give(&self, index: usize, cotangent: impl FnOnce() -> Expr) {
         if self.wants(index) {
             self.sweep.add(self.input(index), cotangent());
+        }
+    }
+
+    /// Gives the cotangent of a part of input `index`, whose sizes are fixed. The rest of it gets none from here.
+    pub(super) fn give_part(&self, index: usize, part: Part) {
+        if self.wants(index) {
+            self.sweep.parts.borrow_mut().entry(self.input(index).to_owned()).or_default().push(part);
         }
     }
 
@@ -166,6 +221,11 @@ impl<'s> Site<'s> {
     /// The sizes of output `index`.
     pub(super) fn output_sizes(&self, index: usize) -> Result<Vec<Size>> {
         self.sweep.sizes(self.output(index)).ok_or_else(|| self.unknown(self.output(index)))
+    }
+
+    /// The sizes of input `index`, if no run changes them.
+    pub(super) fn fixed_sizes(&self, index: usize) -> Option<Vec<usize>> {
+        self.sweep.fixed_sizes(self.input(index))
     }
 
     pub(super) fn rank(&self, index: usize) -> Result<usize> {

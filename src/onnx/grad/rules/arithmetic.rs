@@ -38,8 +38,25 @@ fn sub(at: &Site) -> Result<()> {
 
 /// y = a b:  ā = ȳ b,  b̄ = ȳ a
 fn mul(at: &Site) -> Result<()> {
+    if swish(at) {
+        return Ok(());
+    }
     at.give_broadcast(0, || at.dy() * at.x(1))?;
     at.give_broadcast(1, || at.dy() * at.x(0))
+}
+
+/// y = x σ(x), written as a product of x and a Sigmoid that nothing else takes:  x̄ = ȳ (σ + y - y σ)
+fn swish(at: &Site) -> bool {
+    let gate =
+        |index: usize| at.maker(index).filter(|node| node.is("Sigmoid") && node.input[0] == at.node.input[1 - index]);
+    let Some(index) = (0..2).find(|&index| gate(index).is_some_and(|gate| at.is_alone(&gate.output[0]))) else {
+        return false;
+    };
+    at.give(1 - index, || {
+        let (gate, y) = (at.x(index), at.y(0));
+        at.dy() * (&gate + (&y - &y * &gate))
+    });
+    true
 }
 
 /// y = a / b:  ā = ȳ / b,  b̄ = -ȳ y / b

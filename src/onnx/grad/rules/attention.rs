@@ -1,7 +1,9 @@
-//! The attention operator of operator set 23. Its weights are computed again: the forward node does not give them.
+//! The attention operator of operator set 23, whose weights are computed again: the forward node does not give them. And
+//! attention that is written out, where its weights are computed again to save memory.
 
 use super::Rule;
 use crate::error::{Error, Result};
+use crate::onnx::attention::around;
 use crate::onnx::grad::expr::Expr;
 use crate::onnx::grad::facts::Size;
 use crate::onnx::grad::site::Site;
@@ -153,4 +155,104 @@ fn masked(at: &Site, layout: &Layout, products: Expr, causal: bool) -> Expr {
     }
     let tail = scores.sizes().slice(0, 2, 4);
     scores.reshape(&scores.graph().ints(&[0, layout.kv_heads, layout.heads / layout.kv_heads]).join(&[&tail], 0))
+}
+
+/// Attention that is written out, at its last product: from the cotangent of its result to those of queries, keys and
+/// values, without what lies between. Nothing but queries, keys, values and result is kept from the forward pass; the
+/// weights, by far the largest values of a UNet, are computed again in [`BLOCK`]s. Answers whether it is such a product.
+pub(super) fn again(at: &Site) -> Result<bool> {
+    let sweep = at.sweep;
+    let softmax = at.maker(0).filter(|node| node.is("Softmax"));
+    let Some(found) = softmax.and_then(|softmax| around(sweep.model, sweep.topology, softmax)) else {
+        return Ok(false);
+    };
+    let sizes = [&found.queries, &found.keys, &found.values].map(|value| sweep.fixed_sizes(value));
+    let [Some(q), Some(k), Some(v)] = sizes else { return Ok(false) };
+    let lead = q.len() - 2;
+    let same = q.len() == k.len() && k.len() == v.len() && q[..lead] == k[..lead] && k[..lead] == v[..lead];
+    if found.result != at.node.output[0] || !same || v[lead + 1] != q[lead + 1] {
+        return Ok(false);
+    }
+    let shape = Shape { heads: q[..lead].iter().product(), queries: q[lead], keys: v[lead], features: q[lead + 1] };
+    let flat = |value: Expr, of: [usize; 2]| match lead {
+        1 => value,
+        _ => value.reshape_to(&[shape.heads as i64, of[0] as i64, of[1] as i64]),
+    };
+    let (of_queries, of_keys) = ([shape.queries, shape.features], [shape.keys, shape.features]);
+    let cotangents = blocks(
+        &shape,
+        f64::from(found.scale),
+        &flat(sweep.value(&found.queries), of_queries),
+        &flat(sweep.value(&found.keys), [shape.features, shape.keys]),
+        &flat(sweep.value(&found.values), of_keys),
+        &flat(sweep.value(&found.result), of_queries),
+        &flat(at.dy(), of_queries),
+    );
+    let [queries, keys, values] = cotangents;
+    for (value, cotangent, sizes) in
+        [(&found.queries, queries, &q), (&found.keys, keys.transpose(&[0, 2, 1]), &k), (&found.values, values, &v)]
+    {
+        if sweep.path.is_live(value) {
+            let sizes: Vec<i64> = sizes.iter().map(|&size| size as i64).collect();
+            sweep.add(value, if lead == 1 { cotangent } else { cotangent.reshape_to(&sizes) });
+        }
+    }
+    Ok(true)
+}
+
+/// Bytes of the scores that are held at once, in f32.
+const BLOCK: usize = 16 << 20;
+
+struct Shape {
+    heads: usize,
+    queries: usize,
+    keys: usize,
+    features: usize,
+}
+
+/// The cotangents of queries, keys (both `[heads, places, features]`) and values.
+fn blocks(shape: &Shape, scale: f64, q: &Expr, k: &Expr, v: &Expr, y: &Expr, dy: &Expr) -> [Expr; 3] {
+    let row = shape.keys * size_of::<f32>();
+    let heads = (BLOCK / (row * shape.queries).max(1)).clamp(1, shape.heads);
+    let rows = (BLOCK / row.max(1)).clamp(1, shape.queries);
+    let part = |value: &Expr, axis: usize, from: usize, count: usize, whole: usize| match count < whole {
+        true => value.slice(axis as i64, from as i64, (from + count).min(whole) as i64),
+        false => value.clone(),
+    };
+    let mut all: [Vec<Expr>; 3] = Default::default();
+    for head in (0..shape.heads).step_by(heads) {
+        let [q, k, v, y, dy] = [q, k, v, y, dy].map(|value| part(value, 0, head, heads, shape.heads));
+        let (turned_k, turned_v) = (k.transpose(&[0, 2, 1]), v.transpose(&[0, 2, 1]));
+        let (mut of_queries, mut of_others) = (Vec::new(), Vec::<[Expr; 2]>::new());
+        for first in (0..shape.queries).step_by(rows) {
+            let [q, y, dy] = [&q, &y, &dy].map(|value| part(value, 1, first, rows, shape.queries));
+            let q = q * scale;
+            let weights = q.matmul(&k).op_with("Softmax", &[], |node| node.with("axis", -1));
+            let bar = &weights * (dy.matmul(&turned_v) - (&dy * y).sum(&[-1], true));
+            let queries = bar.matmul(&turned_k) * scale;
+            let keys = bar.transpose(&[0, 2, 1]).matmul(&q);
+            let values = weights.transpose(&[0, 2, 1]).matmul(&dy);
+            let [queries, keys, values] = together(shape, rows.min(shape.queries - first), [queries, keys, values]);
+            of_queries.push(queries);
+            of_others.push([keys, values]);
+        }
+        let sums = of_others.into_iter().reduce(|[a, b], [c, d]| [a + c, b + d]);
+        let joined = of_queries[0].join_all(&of_queries[1..], 1);
+        for (all, one) in all.iter_mut().zip(std::iter::once(joined).chain(sums.into_iter().flatten())) {
+            all.push(one);
+        }
+    }
+    all.map(|parts| parts[0].join_all(&parts[1..], 0))
+}
+
+/// The three cotangents of a block as parts of one value: nothing can take one of them before all are there, so that no
+/// order of the nodes keeps the scores of two blocks.
+fn together(shape: &Shape, rows: usize, cotangents: [Expr; 3]) -> [Expr; 3] {
+    let [queries, keys, values] = cotangents;
+    let joined = queries.join(&[&keys, &values], 1);
+    let mut start = 0;
+    [rows, shape.keys, shape.keys].map(|count| {
+        start += count;
+        joined.slice(1, (start - count) as i64, start as i64)
+    })
 }

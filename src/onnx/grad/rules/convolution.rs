@@ -1,6 +1,7 @@
 //! Convolutions of one to three dimensions and their transposes. Inputs are `[B, C, ...]`, kernels `[M, C / groups, ...]`.
 
 use super::Rule;
+use super::resize::{product, repeated};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::onnx::grad::expr::Expr;
@@ -102,15 +103,13 @@ pub(super) fn spread(
     large: &[Size],
 ) -> Result<Expr> {
     let rest = window.left_over(at, small, large)?;
-    let axes: Vec<i64> = (2..small.len() as i64).collect();
     let unit = |values: &[i64]| values.iter().all(|&value| value == 1);
     let turned = |sizes: Vec<i64>| {
         let pads = |pads: &[i64]| -> Vec<i64> {
             (0..pads.len()).map(|axis| window.dilations[axis] * (sizes[axis] - 1) - pads[axis]).collect()
         };
         let pads = (pads(&window.pads.0), pads(&window.pads.1));
-        let fits = pads.0.iter().chain(&pads.1).all(|&pad| pad >= 0);
-        (fits && sizes.iter().any(|&size| size > 1)).then_some(pads)
+        pads.0.iter().chain(&pads.1).all(|&pad| pad >= 0).then_some(pads)
     };
     if at.effort() == Effort::Speed
         && unit(&window.strides)
@@ -118,8 +117,6 @@ pub(super) fn spread(
         && let Some(pads) = window.fixed_kernel().and_then(turned)
     {
         // With stride 1 it is a convolution with the turned kernel, which runs faster.
-        let mut order: Vec<usize> = (0..small.len()).collect();
-        order.swap(0, 1);
         let turned = Window {
             kernel: window.kernel.clone(),
             strides: window.strides.clone(),
@@ -127,7 +124,7 @@ pub(super) fn spread(
             pads,
             group: 1,
         };
-        return Ok(dy.op_with("Conv", &[&kernel.flip(&axes).transpose(&order)], |node| turned.on(node)));
+        return Ok(dy.op_with("Conv", &[&turned_kernel(kernel, small.len())], |node| turned.on(node)));
     }
     // A transposed convolution may add less than a stride; what goes beyond are places without any cotangent.
     let added: Vec<i64> = rest.iter().zip(&window.strides).map(|(&rest, &stride)| rest.clamp(0, stride - 1)).collect();
@@ -140,6 +137,49 @@ pub(super) fn spread(
     let mut pads = vec![0; small.len() + 2];
     pads.extend(beyond);
     Ok(spread.op("Pad", &[&at.graph().ints(&pads)]))
+}
+
+/// A kernel backwards along its places, with input and output channels exchanged.
+fn turned_kernel(kernel: &Expr, rank: usize) -> Expr {
+    let mut order: Vec<usize> = (0..rank).collect();
+    order.swap(0, 1);
+    kernel.flip(&(2..rank as i64).collect::<Vec<_>>()).transpose(&order)
+}
+
+/// The cotangent of what a convolution's input was repeated from: for a window of stride 1 over an input each place of
+/// which is a block of `factors` equal places, which nothing else takes. The places of a block are summed in the kernel,
+/// which then moves by whole blocks: with blocks of 2 x 2 and a kernel of 3 x 3, 4 products for each number instead of 9.
+fn of_repeated(at: &Site, window: &Window) -> Result<bool> {
+    let Some(resize) = at.maker(0).filter(|node| node.is("Resize") && node.output[0] == at.node.input[0]) else {
+        return Ok(false);
+    };
+    let resize = Site { node: resize, sweep: at.sweep };
+    let unit = |values: &[i64]| values.iter().all(|&value| value == 1);
+    let alone = resize.only_user(0).is_some_and(|user| std::ptr::eq(user, at.node));
+    if at.effort() != Effort::Speed || !alone || !unit(&window.strides) || !unit(&window.dilations) || window.group != 1
+    {
+        return Ok(false);
+    }
+    let (Some(kernel), Some(factors)) = (window.fixed_kernel(), repeated(&resize)?) else { return Ok(false) };
+    let pads = |pads: &[i64]| kernel.iter().zip(pads).map(|(&size, &pad)| size - 1 - pad).collect::<Vec<_>>();
+    let pads = (pads(&window.pads.0), pads(&window.pads.1));
+    if pads.0.iter().chain(&pads.1).any(|&pad| pad < 0) || at.sizes(0)?[2..] != at.output_sizes(0)?[2..] {
+        return Ok(false);
+    }
+    let rank = kernel.len() + 2;
+    let mut summed = at.x(1);
+    for (axis, (&size, &factor)) in kernel.iter().zip(&factors).enumerate() {
+        // What meets the first place of a block meets the following ones, one place further on.
+        let (size, wide, factor) = (size as usize, (size + factor - 1) as usize, factor as usize);
+        let meets = |index: usize| (index / wide..index / wide + factor).contains(&(index % wide));
+        let matrix: Vec<f64> = (0..size * wide).map(|index| f64::from(u8::from(meets(index)))).collect();
+        summed = product(&summed, &matrix, wide, size, axis + 2, rank);
+    }
+    let sizes = kernel.iter().zip(&factors).map(|(&size, &factor)| Size::always((size + factor - 1) as usize));
+    let blocks =
+        Window { kernel: sizes.collect(), strides: factors, dilations: window.dilations.clone(), pads, group: 1 };
+    resize.give(0, || at.dy().op_with("Conv", &[&turned_kernel(&summed, rank)], |node| blocks.on(node)));
+    Ok(true)
 }
 
 /// The cotangent of a kernel: the convolution of the input `large` with `small`, batch and channels exchanged.
@@ -208,7 +248,7 @@ fn conv(at: &Site) -> Result<()> {
     let (large, small) = (at.sizes(0)?, at.output_sizes(0)?);
     let window = window(at, &at.sizes(1)?[2..], &small, &large)?;
     bias(at, large.len());
-    if at.wants(0) {
+    if at.wants(0) && !of_repeated(at, &window)? {
         let cotangent = spread(at, &window, &at.dy(), &at.x(1), &small, &large)?;
         at.give(0, || cotangent);
     }

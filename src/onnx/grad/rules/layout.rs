@@ -5,7 +5,7 @@ use super::gather::unpick;
 use crate::error::Result;
 use crate::onnx::grad::expr::Expr;
 use crate::onnx::grad::facts::Size;
-use crate::onnx::grad::site::Site;
+use crate::onnx::grad::site::{Part, Site};
 
 pub(super) const RULES: &[(&str, Rule)] = &[
     ("Reshape", reshape),
@@ -101,6 +101,18 @@ fn slice(at: &Site) -> Result<()> {
     let axes = at.ints("axes", 3)?.unwrap_or_else(|| (0..count as i64).collect());
     let axes = axes.into_iter().map(|axis| at.axis(axis, rank)).collect::<Result<Vec<_>>>()?;
     let bounds = [1, 2, 4].map(|index| at.known_ints(index));
+    if let (&[axis], true) = (axes.as_slice(), at.fixed_sizes(0).is_some())
+        && let [Some(starts), Some(ends), steps] = &bounds
+        && let (&[start], &[end]) = (starts.as_slice(), ends.as_slice())
+        && let Some(size) = sizes[axis].fixed()
+        && (!at.has(4) || steps.as_deref() == Some(&[1]))
+    {
+        let places = places(start, end, 1, size as i64);
+        if let Some(&start) = places.first() {
+            at.give_part(0, Part { cotangent: at.dy(), axis, start: start as usize, count: places.len() });
+            return Ok(());
+        }
+    }
     let mut cotangent = at.dy();
     for (index, axis) in axes.into_iter().enumerate() {
         let size = sizes[axis].fixed().map(|size| size as i64);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::Rule;
+use super::{Rule, attention};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::onnx::grad::expr::Expr;
@@ -13,6 +13,9 @@ pub(super) const RULES: &[(&str, Rule)] = &[("MatMul", matmul), ("Gemm", gemm), 
 
 /// Y = A B over the last two axes, the others broadcast:  Ā = Ȳ Bᵀ,  B̄ = Aᵀ Ȳ, summed over broadcast axes
 fn matmul(at: &Site) -> Result<()> {
+    if at.effort() == Effort::Memory && attention::again(at)? {
+        return Ok(());
+    }
     let (left, right) = (at.rank(0)?, at.rank(1)?);
     if left == 1 || right == 1 {
         return matmul_of_vectors(at, left, right);

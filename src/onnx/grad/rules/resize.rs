@@ -17,40 +17,69 @@ struct Sampling<'s> {
     exclude_outside: bool,
 }
 
+impl<'s> Sampling<'s> {
+    fn of(at: &Site<'s>) -> Result<Self> {
+        let sampling = Self {
+            mode: at.text("mode", "nearest"),
+            transformation: at.text("coordinate_transformation_mode", "half_pixel"),
+            rounding: at.text("nearest_mode", "round_prefer_floor"),
+            cubic: at.float("cubic_coeff_a", -0.75),
+            exclude_outside: at.int("exclude_outside", 0) != 0,
+        };
+        if at.int("antialias", 0) != 0 {
+            return Err(at.unsupported("antialias"));
+        }
+        if at.text("keep_aspect_ratio_policy", "stretch") != "stretch" {
+            return Err(at.unsupported("keep_aspect_ratio_policy"));
+        }
+        let known = ["half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric"];
+        if !known.contains(&sampling.transformation) || !["nearest", "linear", "cubic"].contains(&sampling.mode) {
+            return Err(at.unsupported(&format!("mode {:?} with {:?}", sampling.mode, sampling.transformation)));
+        }
+        Ok(sampling)
+    }
+}
+
+/// What a resizing changes.
+struct Change {
+    small: Vec<Size>,
+    large: Vec<Size>,
+    /// The scale of each axis, where it is given and constant.
+    scales: Vec<Option<f32>>,
+    /// The axes that it changes.
+    axes: Vec<usize>,
+}
+
+impl Change {
+    fn of(at: &Site) -> Result<Self> {
+        let (large, small) = (at.output_sizes(0)?, at.sizes(0)?);
+        let rank = small.len();
+        let axes = match at.node.attribute_ints("axes") {
+            Some(axes) => axes.iter().map(|&axis| at.axis(axis, rank)).collect::<Result<Vec<_>>>()?,
+            None => (0..rank).collect(),
+        };
+        let mut scales = vec![None; rank];
+        if let Some(given) = at.constants(2).filter(|scales| scales.len() == axes.len()) {
+            axes.iter().zip(given).for_each(|(&axis, scale)| scales[axis] = Some(scale));
+        }
+        let changes = |axis: &usize| small[*axis] != large[*axis] || scales[*axis].is_some_and(|scale| scale != 1.0);
+        let axes = (0..rank).filter(changes).collect();
+        Ok(Self { small, large, scales, axes })
+    }
+}
+
+/// The whole numbers by which a resizing repeats the places of `[B, C, ...]`, if that is all that it does.
+pub(super) fn repeated(at: &Site) -> Result<Option<Vec<i64>>> {
+    Ok(factors(&Sampling::of(at)?, &Change::of(at)?))
+}
+
 /// y = A x along each axis:  x̄ = Aᵀ ȳ
 fn resize(at: &Site) -> Result<()> {
     if !at.wants(0) {
         return Ok(());
     }
-    let sampling = Sampling {
-        mode: at.text("mode", "nearest"),
-        transformation: at.text("coordinate_transformation_mode", "half_pixel"),
-        rounding: at.text("nearest_mode", "round_prefer_floor"),
-        cubic: at.float("cubic_coeff_a", -0.75),
-        exclude_outside: at.int("exclude_outside", 0) != 0,
-    };
-    if at.int("antialias", 0) != 0 {
-        return Err(at.unsupported("antialias"));
-    }
-    if at.text("keep_aspect_ratio_policy", "stretch") != "stretch" {
-        return Err(at.unsupported("keep_aspect_ratio_policy"));
-    }
-    let known = ["half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric"];
-    if !known.contains(&sampling.transformation) || !["nearest", "linear", "cubic"].contains(&sampling.mode) {
-        return Err(at.unsupported(&format!("mode {:?} with {:?}", sampling.mode, sampling.transformation)));
-    }
-    let (large, small) = (at.output_sizes(0)?, at.sizes(0)?);
-    let rank = small.len();
-    let axes = match at.node.attribute_ints("axes") {
-        Some(axes) => axes.iter().map(|&axis| at.axis(axis, rank)).collect::<Result<Vec<_>>>()?,
-        None => (0..rank).collect(),
-    };
-    let scales = at.constants(2).filter(|scales| scales.len() == axes.len());
-    let scale_of = |axis: usize| Some(scales.as_ref()?[axes.iter().position(|&other| other == axis)?]);
-    let changed: Vec<usize> = (0..rank)
-        .filter(|&axis| small[axis] != large[axis] || scale_of(axis).is_some_and(|scale| scale != 1.0))
-        .collect();
-    if let Some(factors) = factors(&sampling, &changed, &small, &large, scale_of) {
+    let (sampling, change) = (Sampling::of(at)?, Change::of(at)?);
+    if let Some(factors) = factors(&sampling, &change) {
         // Every number was repeated over a block: the sum over the block is its mean by the block's size.
         let count: i64 = factors.iter().product();
         let mean = at.dy().op_with("AveragePool", &[], |node| {
@@ -60,23 +89,23 @@ fn resize(at: &Site) -> Result<()> {
         return Ok(());
     }
     let mut cotangent = at.dy();
-    for axis in changed {
-        let (Some(from), Some(to)) = (small[axis].fixed(), large[axis].fixed()) else {
+    for axis in change.axes {
+        let (Some(from), Some(to)) = (change.small[axis].fixed(), change.large[axis].fixed()) else {
             return Err(at.unsupported("resized along an axis whose size varies from run to run"));
         };
-        let scale = match scale_of(axis) {
+        let scale = match change.scales[axis] {
             Some(scale) => scale,
             None if !at.has(3) && to % from != 0 => return Err(at.unsupported("scales that are no constants")),
             None => to as f32 / from as f32,
         };
-        cotangent = product(&cotangent, &sampling.matrix(from, to, scale), from, to, axis, rank);
+        cotangent = product(&cotangent, &sampling.matrix(from, to, scale), from, to, axis, change.small.len());
     }
     at.give(0, || cotangent);
     Ok(())
 }
 
 /// `Aᵀ y` along one axis, of a matrix of `to` rows and `from` columns.
-fn product(value: &Expr, matrix: &[f64], from: usize, to: usize, axis: usize, rank: usize) -> Expr {
+pub(super) fn product(value: &Expr, matrix: &[f64], from: usize, to: usize, axis: usize, rank: usize) -> Expr {
     let graph = value.graph();
     let matrix_of = |dims| graph.numbers(value.data_type, dims, matrix);
     if axis + 1 == rank {
@@ -91,18 +120,12 @@ fn product(value: &Expr, matrix: &[f64], from: usize, to: usize, axis: usize, ra
     value.transpose(&order).matmul(&matrix_of(&[to, from])).transpose(&order)
 }
 
-/// The whole numbers by which the places of `[B, C, ...]` are repeated, if that is all that happens.
-fn factors(
-    sampling: &Sampling,
-    changed: &[usize],
-    small: &[Size],
-    large: &[Size],
-    scale_of: impl Fn(usize) -> Option<f32>,
-) -> Option<Vec<i64>> {
+fn factors(sampling: &Sampling, change: &Change) -> Option<Vec<i64>> {
+    let Change { small, large, scales, axes } = change;
     if sampling.mode != "nearest"
         || !(3..=5).contains(&small.len())
-        || changed.is_empty()
-        || changed.iter().any(|&axis| axis < 2)
+        || axes.is_empty()
+        || axes.iter().any(|&axis| axis < 2)
     {
         return None;
     }
@@ -110,7 +133,7 @@ fn factors(
         let mut runs = small[axis].seen().iter().zip(large[axis].seen());
         let factor = large[axis].seen().first()? / small[axis].seen().first()?.max(&1);
         let repeats = |(&small, &large): (&usize, &usize)| {
-            let scale = scale_of(axis).unwrap_or(factor as f32);
+            let scale = scales[axis].unwrap_or(factor as f32);
             let from = |to| sampling.nearest(to, small, large, scale);
             large == small * factor && scale == factor as f32 && (0..large).all(|to| from(to) == to / factor)
         };
