@@ -503,11 +503,7 @@ fn attention_computed_again_in_blocks_has_the_same_gradient() {
         ..GraphProto::default()
     };
     let model = Model::new(graph, &[("", 17)], &Limits::default()).unwrap();
-    let waves = |sizes: [i64; 3], pace: f32| {
-        let sizes = sizes.map(|size| size as usize);
-        let values: Vec<f32> = (0..sizes.iter().product()).map(|at| (at as f32 * pace).sin()).collect();
-        Tensor::from_slice(&sizes, &values).unwrap()
-    };
+    let waves = |sizes: [i64; 3], pace: f32| wave(&sizes.map(|size| size as usize), pace);
     let mut inputs: Vec<(String, Tensor)> = sizes
         .iter()
         .zip([0.7, 0.9, 1.1])
@@ -530,6 +526,127 @@ fn attention_computed_again_in_blocks_has_the_same_gradient() {
         let largest = speed.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         let error = speed.iter().zip(memory).fold(0f32, |error, (a, b)| error.max((a - b).abs()));
         assert!(error <= TOLERANCE as f32 * largest, "{error:e} of {largest:e}");
+    }
+}
+
+/// Gradients of `y` with respect to some values of a model, under a cotangent that is a wave.
+fn gradients_of(model: &Model, wrt: &[&str], inputs: &[(String, Tensor)], y_sizes: &[usize]) -> Vec<Vec<f64>> {
+    let bench = Bench { runtime: runtime() };
+    let facts = bench.facts(model, wrt, "y", &[inputs.to_vec()]).unwrap();
+    let gradient = grad::vjp(model, &facts, wrt, "y", Effort::Speed).unwrap();
+    let mut given = inputs.to_vec();
+    given.push((gradient.cotangent, wave(y_sizes, 1.3)));
+    bench.run(&gradient.model, &gradient.gradients, &given).unwrap().iter().map(numbers).collect()
+}
+
+fn wave(sizes: &[usize], pace: f32) -> Tensor {
+    let values: Vec<f32> = (0..sizes.iter().product()).map(|at| (at as f32 * pace).sin()).collect();
+    Tensor::from_slice(sizes, &values).unwrap()
+}
+
+fn same(found: &[f64], expected: &[f64], what: &str) {
+    let largest = expected.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (found, expected) in found.iter().zip(expected) {
+        assert!((found - expected).abs() <= TOLERANCE * largest, "{what}: {found} for {expected}");
+    }
+}
+
+/// Formulas that pass over an inner value stand back when its own gradient is asked for.
+#[test]
+fn a_gate_has_a_gradient_of_its_own() {
+    let nodes = || vec![node("Sigmoid", ["x"], ["gate"]), node("Mul", ["x", "gate"], ["y"])];
+    let model = model_of(nodes(), &[("", 17)], Vec::new());
+    let x = wave(&[2, 3], 0.7);
+    let inputs = [("x".to_owned(), x.clone())];
+    let (x, u) = (numbers(&x), numbers(&wave(&[2, 3], 1.3)));
+    let gate: Vec<f64> = x.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
+    let of_gate: Vec<f64> = x.iter().zip(&u).map(|(x, u)| x * u).collect();
+    let of_x: Vec<f64> = (0..6).map(|at| u[at] * (gate[at] + x[at] * gate[at] * (1.0 - gate[at]))).collect();
+    same(&gradients_of(&model, &["x"], &inputs, &[2, 3])[0], &of_x, "in one formula");
+    let both = gradients_of(&model, &["x", "gate"], &inputs, &[2, 3]);
+    same(&both[0], &of_x, "x");
+    same(&both[1], &of_gate, "the gate");
+    same(&gradients_of(&model, &["gate"], &inputs, &[2, 3])[0], &of_gate, "the gate alone");
+}
+
+/// The gradient of what is repeated and then convolved is the sum over each block of the one after repeating, whether it
+/// is taken in one convolution or in two steps.
+#[test]
+fn an_upsampled_convolution_sums_over_blocks() {
+    for (size, pads) in [(3, [1, 1]), (5, [2, 2]), (2, [0, 1]), (4, [2, 1])] {
+        let [sides, large] = [[1, 2, 3, 2], [1, 2, 6, 6]];
+        let kernel = wave(&[3, 2, size, size], 0.31);
+        let graph = GraphProto {
+            name: Some("upsampled".into()),
+            node: vec![
+                node("Resize", ["x", "", "scales"], ["large"])
+                    .with("mode", "nearest")
+                    .with("coordinate_transformation_mode", "asymmetric")
+                    .with("nearest_mode", "floor"),
+                node("Conv", ["large", "w"], ["y"]).with("pads", vec![pads[0], pads[0], pads[1], pads[1]]),
+            ],
+            initializer: vec![
+                build::tensor_f32("scales", &[4], &[1.0, 1.0, 2.0, 3.0]),
+                build::tensor_f32("w", kernel.shape(), kernel.as_slice::<f32>().unwrap()),
+            ],
+            input: vec![build::value("x", DataType::Float, Some(&sides.map(|side| Dim::Fixed(side as i64))))],
+            output: vec![build::value("y", DataType::Float, None)],
+            ..GraphProto::default()
+        };
+        let model = Model::new(graph, &[("", 17)], &Limits::default()).unwrap();
+        let inputs = [("x".to_owned(), wave(&sides, 0.7))];
+        let in_one = &gradients_of(&model, &["x"], &inputs, &[1, 3, 6, 6])[0];
+        let [in_two, of_large] = &gradients_of(&model, &["x", "large"], &inputs, &[1, 3, 6, 6])[..] else { panic!() };
+        let mut summed = vec![0.0; in_one.len()];
+        for (at, value) in of_large.iter().enumerate() {
+            let (channel, row, column) = (at / 36, at / 6 % 6, at % 6);
+            summed[channel * 6 + row / 2 * 2 + column / 3] += value;
+        }
+        assert_eq!(of_large.len(), large.iter().product::<usize>());
+        same(in_one, &summed, "in one convolution");
+        same(in_two, &summed, "in two steps");
+    }
+}
+
+/// Slices that make up a value, that leave a gap, and that overlap.
+#[test]
+fn slices_give_their_cotangents_back_where_they_were_taken() {
+    for (bounds, what) in
+        [([(0, 1), (1, 3)], "adjoining"), ([(0, 1), (2, 3)], "with a gap"), ([(0, 2), (1, 3)], "overlapping")]
+    {
+        let mut nodes = Vec::new();
+        let mut initializer = vec![build::tensor_i64("axes", &[1], &[1])];
+        for (at, (start, end)) in bounds.into_iter().enumerate() {
+            for (name, bound) in [("start", start), ("end", end)] {
+                initializer.push(build::tensor_i64(&format!("{name}{at}"), &[1], &[bound]));
+            }
+            let [start, end, part, square] = ["start", "end", "part", "square"].map(|name| format!("{name}{at}"));
+            nodes.push(node("Slice", ["x", &start, &end, "axes"], [part.as_str()]));
+            nodes.push(node("Mul", [&*part, &*part], [square.as_str()]));
+        }
+        nodes.push(node("Concat", ["square0", "square1"], ["y"]).with("axis", 1));
+        let graph = GraphProto {
+            name: Some("slices".into()),
+            node: nodes,
+            initializer,
+            input: vec![build::value("x", DataType::Float, Some(&[2, 3].map(Dim::Fixed)))],
+            output: vec![build::value("y", DataType::Float, None)],
+            ..GraphProto::default()
+        };
+        let model = Model::new(graph, &[("", 17)], &Limits::default()).unwrap();
+        let x = wave(&[2, 3], 0.7);
+        let width = bounds.iter().map(|(start, end)| (end - start) as usize).sum::<usize>();
+        let found = gradients_of(&model, &["x"], &[("x".to_owned(), x.clone())], &[2, width]);
+        let (x, u) = (numbers(&x), numbers(&wave(&[2, width], 1.3)));
+        let mut expected = vec![0.0; 6];
+        for row in 0..2 {
+            let columns = bounds.iter().flat_map(|(start, end)| *start as usize..*end as usize);
+            for (place, column) in columns.enumerate() {
+                expected[row * 3 + column] += 2.0 * x[row * 3 + column] * u[row * width + place];
+            }
+        }
+        same(&found[0], &expected, what);
     }
 }
 

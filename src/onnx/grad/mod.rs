@@ -79,6 +79,7 @@ pub fn vjp(model: &Model, facts: &Facts, wrt: &[&str], output: &str, effort: Eff
         path: &path,
         facts,
         effort,
+        wrt,
         graph: graph.clone(),
         cotangents: RefCell::new(HashMap::from([(output.to_owned(), seed)])),
         parts: RefCell::default(),

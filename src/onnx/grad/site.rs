@@ -21,6 +21,8 @@ pub(super) struct Sweep<'g> {
     pub(super) path: &'g Path<'g>,
     pub(super) facts: &'g Facts,
     pub(super) effort: Effort,
+    /// The values whose gradients are asked for.
+    pub(super) wrt: &'g [&'g str],
     pub(super) graph: Graph,
     pub(super) cotangents: RefCell<HashMap<String, Expr>>,
     /// Cotangents of parts of values, until those of the other parts are there.
@@ -158,16 +160,18 @@ impl<'s> Site<'s> {
         self.sweep.topology.producer(self.input(index)).map(|(_, node)| node)
     }
 
-    /// Whether one node alone uses a value, which is no output of the graph.
-    pub(super) fn is_alone(&self, value: &str) -> bool {
-        self.sweep.topology.uses(value).len() == 1 && !self.sweep.topology.is_output(value)
+    /// The only node that uses output `index`, where no one else wants its cotangent either: it is no output of the graph,
+    /// and its gradient is not asked for.
+    pub(super) fn only_user(&self, index: usize) -> Option<&'s NodeProto> {
+        self.only_user_of(self.output(index))
     }
 
-    /// The only node that uses output `index`, which is no output of the graph.
-    pub(super) fn only_user(&self, index: usize) -> Option<&'s NodeProto> {
-        let value = self.output(index);
+    /// As [`Site::only_user`] for any value.
+    pub(super) fn only_user_of(&self, value: &str) -> Option<&'s NodeProto> {
         match self.sweep.topology.uses(value) {
-            [usage] if !self.sweep.topology.is_output(value) => self.sweep.model.graph().node.get(usage.node),
+            [usage] if !self.sweep.topology.is_output(value) && !self.sweep.wrt.contains(&value) => {
+                self.sweep.model.graph().node.get(usage.node)
+            }
             _ => None,
         }
     }

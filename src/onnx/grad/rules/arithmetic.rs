@@ -49,7 +49,8 @@ fn mul(at: &Site) -> Result<()> {
 fn swish(at: &Site) -> bool {
     let gate =
         |index: usize| at.maker(index).filter(|node| node.is("Sigmoid") && node.input[0] == at.node.input[1 - index]);
-    let Some(index) = (0..2).find(|&index| gate(index).is_some_and(|gate| at.is_alone(&gate.output[0]))) else {
+    let Some(index) = (0..2).find(|&index| gate(index).is_some_and(|gate| at.only_user_of(&gate.output[0]).is_some()))
+    else {
         return false;
     };
     at.give(1 - index, || {
