@@ -211,7 +211,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
     parser.add_argument("--discover", type=Path, help="the compiled host program; the reference searches without it")
     parser.add_argument("--density", type=float, default=0.01)
-    parser.add_argument("--tune", type=int, default=100, help="steps of tuning")
+    parser.add_argument("--tune", type=int, default=150, help="steps of tuning")
     parser.add_argument("--values", choices=("binary", "quaternary", "float16", "float32"), default="quaternary")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--side", type=int, choices=(32, 64), default=32)
