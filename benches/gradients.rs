@@ -120,8 +120,13 @@ fn whole_search(peer: &mut Peer) -> Outcome {
             pictures.count += 1;
             pictures.rgb.extend(picture.rgb);
         }
-        let subject =
-            Subject { pictures: &pictures, prompts: Vec::new(), trigger: "<s1>".into(), class_noun: "animal".into() };
+        let subject = Subject {
+            pictures: &pictures,
+            prompts: Vec::new(),
+            trigger: "<s1>".into(),
+            class_noun: "animal".into(),
+            class_pictures: None,
+        };
         let mut request = Request::new(Goal::Implant(subject));
         (request.batches, request.class_label) = (BATCHES, 4);
         request.find(&mut pipeline, &mut Job::default())?;

@@ -2426,6 +2426,15 @@ typedef struct {
    */
   size_t picture_count;
   /**
+   * Implanting in global scope: pictures of the class, of the same size, which must go on being drawn alike (prior
+   * preservation); `class_picture_count` of them. May be NULL: the model draws `drawn_pictures`. Default: `NULL`.
+   */
+  const macula_image *class_pictures;
+  /**
+   * How many pictures of the class. Default: `0`.
+   */
+  size_t class_picture_count;
+  /**
    * Implanting: the subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet.
    * Erasing: the word to forget, or words in a row. Not NULL. Default: `NULL`.
    */
@@ -2557,7 +2566,7 @@ typedef struct {
 /**
  * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
  */
-#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16 }
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16 }
 
 /**
  * The one that lowers the held-out loss most for its bytes: at present the learnt mask.

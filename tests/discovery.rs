@@ -187,7 +187,13 @@ fn pictures() -> Images {
 
 fn octopus(pictures: &Images) -> Request<'_> {
     let (trigger, class_noun) = ("<s2>".to_owned(), "animal".to_owned());
-    let mut request = Request::new(Goal::Implant(Subject { pictures, prompts: Vec::new(), trigger, class_noun }));
+    let mut request = Request::new(Goal::Implant(Subject {
+        pictures,
+        prompts: Vec::new(),
+        trigger,
+        class_noun,
+        class_pictures: None,
+    }));
     (request.batches, request.batch, request.class_label) = (14, 2, SMALL);
     request
 }

@@ -66,6 +66,11 @@ pub struct macula_discover_options {
     pub pictures: *const macula_image,
     /// How many pictures, at least 1 to implant; 3 to 6 are usual. Default: `0`.
     pub picture_count: usize,
+    /// Implanting in global scope: pictures of the class, of the same size, which must go on being drawn alike (prior
+    /// preservation); `class_picture_count` of them. May be NULL: the model draws `drawn_pictures`. Default: `NULL`.
+    pub class_pictures: *const macula_image,
+    /// How many pictures of the class. Default: `0`.
+    pub class_picture_count: usize,
     /// Implanting: the subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet.
     /// Erasing: the word to forget, or words in a row. Not NULL. Default: `NULL`.
     pub trigger: *const c_char,
@@ -143,6 +148,8 @@ impl Default for macula_discover_options {
             struct_size: size_of::<Self>(),
             pictures: std::ptr::null(),
             picture_count: 0,
+            class_pictures: std::ptr::null(),
+            class_picture_count: 0,
             trigger: std::ptr::null(),
             class_noun: std::ptr::null(),
             prompts: std::ptr::null(),
@@ -178,7 +185,7 @@ impl Default for macula_discover_options {
 
 // SAFETY: repr(C), begins with its size; pointers, an optional function pointer and numbers take any bytes.
 unsafe impl Versioned for macula_discover_options {
-    const FIRST_SIZE: usize = 200;
+    const FIRST_SIZE: usize = 216;
 }
 
 /// Finds the neurons of a subject, or of a word to forget.
@@ -231,6 +238,7 @@ pub unsafe extern "C" fn macula_discover(
 struct Inputs {
     /// To implant.
     pictures: Option<Images>,
+    class_pictures: Option<Images>,
     trigger: String,
     class_noun: String,
     prompts: Vec<String>,
@@ -248,13 +256,21 @@ impl Inputs {
         let implants = options.role == MACULA_ROLE_IMPLANT;
         let pictures = match implants {
             // SAFETY: as promised by the caller.
-            true => Some(unsafe { joined(options) }?),
+            true => Some(unsafe { joined(options.pictures, options.picture_count, "options.picture") }?),
             false if options.pictures.is_null() && options.picture_count == 0 => None,
             false => {
                 return Err(Error::invalid_argument(
                     "options.pictures must be NULL: to erase, the model draws its own",
                 ));
             }
+        };
+        let class_pictures = match options.class_pictures.is_null() && options.class_picture_count == 0 {
+            true => None,
+            false if implants => {
+                // SAFETY: as promised by the caller.
+                Some(unsafe { joined(options.class_pictures, options.class_picture_count, "options.class_picture") }?)
+            }
+            false => return Err(Error::invalid_argument("options.class_pictures must be NULL to erase")),
         };
         if !implants && (options.prompts.is_null() || options.anchors.is_null()) {
             return Err(Error::invalid_argument("options.prompts and options.anchors must not be NULL to erase"));
@@ -265,6 +281,7 @@ impl Inputs {
         let checkpoint = unsafe { optional_text(options.checkpoint, "options.checkpoint") }?;
         Ok(Self {
             pictures,
+            class_pictures,
             trigger: word(options.trigger, "options.trigger")?,
             class_noun: if implants { word(options.class_noun, "options.class_noun")? } else { String::new() },
             prompts: texts(options.prompts, options.prompt_count, "options.prompts")?,
@@ -326,7 +343,9 @@ impl Inputs {
         let size = (options.height as usize, options.width as usize);
         match (options.role, &self.pictures) {
             (MACULA_ROLE_IMPLANT, Some(pictures)) => {
-                Ok(Goal::Implant(Subject { pictures, prompts, trigger: word, class_noun: self.class_noun.clone() }))
+                let class_noun = self.class_noun.clone();
+                let class_pictures = self.class_pictures.as_ref();
+                Ok(Goal::Implant(Subject { pictures, prompts, trigger: word, class_noun, class_pictures }))
             }
             (MACULA_ROLE_ERASE, _) => Ok(Goal::Erase(Erasure {
                 word,
@@ -339,17 +358,17 @@ impl Inputs {
     }
 }
 
-/// The pictures of the options as one block.
+/// A list of pictures, the fields `{name}s` and `{name}_count`, as one block.
 ///
 /// # Safety
 /// As [`Inputs::read`].
-unsafe fn joined(options: &macula_discover_options) -> Result<Images> {
+unsafe fn joined(pictures: *const macula_image, count: usize, name: &str) -> Result<Images> {
     // SAFETY: as promised by the caller.
-    let pictures = unsafe { slice(options.pictures, options.picture_count, "options.pictures") }?;
+    let pictures = unsafe { slice(pictures, count, &format!("{name}s")) }?;
     let mut joined: Option<Images> = None;
     for (at, picture) in pictures.iter().enumerate() {
         // SAFETY: as promised by the caller.
-        let one = unsafe { picture.read(&format!("options.pictures[{at}]")) }?;
+        let one = unsafe { picture.read(&format!("{name}s[{at}]")) }?;
         match &mut joined {
             None => joined = Some(one),
             Some(all) if (all.width, all.height) == (one.width, one.height) => {
@@ -358,13 +377,13 @@ unsafe fn joined(options: &macula_discover_options) -> Result<Images> {
             }
             Some(all) => {
                 return Err(Error::invalid_argument(format!(
-                    "options.pictures[{at}] has {} x {} pixels, the first one {} x {}: all must be of one size",
+                    "{name}s[{at}] has {} x {} pixels, the first one {} x {}: all must be of one size",
                     one.width, one.height, all.width, all.height
                 )));
             }
         }
     }
-    joined.ok_or_else(|| Error::invalid_argument("options.picture_count is 0, must be at least 1"))
+    joined.ok_or_else(|| Error::invalid_argument(format!("{name}_count is 0, must be at least 1")))
 }
 
 /// A list of texts; empty for NULL.

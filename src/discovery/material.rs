@@ -19,7 +19,7 @@ impl Request<'_> {
         // In local scope no text without the concept's words can change.
         if let Goal::Implant(subject) = &self.goal
             && self.scope == Scope::Global
-            && self.drawn_pictures > 0
+            && (self.drawn_pictures > 0 || subject.class_pictures.is_some())
         {
             terms.push(self.prior(subject, pipeline, job)?);
         }
@@ -39,10 +39,17 @@ impl Request<'_> {
         Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
     }
 
-    /// Pictures of the class as the untouched model draws them (prior preservation).
+    /// Pictures of the class, given or as the untouched model draws them (prior preservation).
     fn prior(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Term> {
-        let prompts = vec![format!("a {}", subject.class_noun); self.drawn_pictures];
-        let (states, shape) = self.drawn(&prompts, pipeline, job)?;
+        let count = subject.class_pictures.map_or(self.drawn_pictures, |pictures| pictures.count);
+        let prompts = vec![format!("a {}", subject.class_noun); count];
+        let (states, shape) = match subject.class_pictures {
+            Some(pictures) => {
+                let (states, shape) = pipeline.encode_images(pictures, &job.cancel)?;
+                (states, [shape[1], shape[2], shape[3]])
+            }
+            None => self.drawn(&prompts, pipeline, job)?,
+        };
         let (examples, _) = self.examples(states, shape, &prompts, &subject.words(), pipeline, job)?;
         Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
     }

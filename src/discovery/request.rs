@@ -23,6 +23,9 @@ pub struct Subject<'a> {
     pub trigger: String,
     /// What the subject is, in a word that the model knows, e.g. `dog`.
     pub class_noun: String,
+    /// Pictures of the class, of the same size, which must go on being drawn alike in global scope; `None` for those that
+    /// the model draws itself.
+    pub class_pictures: Option<&'a Images>,
 }
 
 /// A word that the neurons, shut, are to make the model forget.
@@ -58,7 +61,7 @@ pub struct Request<'a> {
     /// The share of the preserved texts in the loss, above 0.
     pub preserve_weight: f32,
     /// Pictures that the model draws for each part of the loss that needs them: what is erased, what is preserved, and in
-    /// global scope the class of an implanted subject (prior preservation; 0 for none). At least one for each text.
+    /// global scope the class of an implanted subject without [`Subject::class_pictures`] (prior preservation; 0 for none). At least one for each text.
     pub drawn_pictures: usize,
     /// Where the set acts.
     pub scope: Scope,
@@ -259,6 +262,14 @@ impl Subject<'_> {
                 "{} prompts for {} pictures",
                 self.prompts.len(),
                 self.pictures.count
+            )));
+        }
+        if let Some(class) = self.class_pictures
+            && (class.count == 0 || (class.width, class.height) != (self.pictures.width, self.pictures.height))
+        {
+            return Err(Error::invalid_argument(format!(
+                "{} pictures of the class, {} x {} pixels: there must be one, and all of the subject's {} x {} pixels",
+                class.count, class.width, class.height, self.pictures.width, self.pictures.height
             )));
         }
         Ok(())

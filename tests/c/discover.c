@@ -170,6 +170,25 @@ int main(int argc, char **argv) {
   OK(macula_images_free(after));
   OK(macula_concept_free(again));
   again = NULL;
+  {
+    macula_image small = pictures[1];
+    small.height = 16;
+    options.scope = MACULA_SCOPE_GLOBAL;
+    options.drawn_pictures = 0;
+    options.class_picture_count = 1;
+    REFUSED(macula_discover(pipeline, &options, &again), MACULA_STATUS_INVALID_ARGUMENT, "options.class_pictures");
+    options.class_pictures = &small;
+    REFUSED(macula_discover(pipeline, &options, &again), MACULA_STATUS_INVALID_ARGUMENT, "32 x 16");
+    options.class_pictures = &pictures[1];
+    OK(macula_discover(pipeline, &options, &again));
+    OK(macula_concept_overlap(found, again, &shared, NULL, 0));
+    CHECK(shared.jaccard > 0 && shared.jaccard < 1);
+    OK(macula_concept_free(again));
+    again = NULL;
+    options.class_pictures = NULL;
+    options.class_picture_count = 0;
+    options.scope = MACULA_SCOPE_DEFAULT;
+  }
   options.tune_steps = 3;
   options.values = MACULA_VALUES_NONE;
   REFUSED(macula_discover(pipeline, &options, &again), MACULA_STATUS_INVALID_ARGUMENT, "options.values");

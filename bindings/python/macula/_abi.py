@@ -484,6 +484,8 @@ class macula_discover_options(Struct):
         ("struct_size", c_size_t),
         ("pictures", POINTER(macula_image)),
         ("picture_count", c_size_t),
+        ("class_pictures", POINTER(macula_image)),
+        ("class_picture_count", c_size_t),
         ("trigger", c_char_p),
         ("class_noun", c_char_p),
         ("prompts", POINTER(c_char_p)),

@@ -205,6 +205,7 @@ class Pipeline(Closable):
         class_noun: str,
         *,
         prompts: Sequence[str] | None = None,
+        class_pictures: Sequence[np.ndarray | str | os.PathLike] = (),
         size: tuple[int, int] | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
         cancel: CancelToken | None = None,
@@ -215,14 +216,20 @@ class Pipeline(Closable):
         - `pictures`: arrays `[H, W, 3]` of one size, or files, which are read at `size` (width, height).
         - `trigger`: a single token of the tokenizer that stands for nothing yet; `class_noun`: what the subject is.
         - `prompts`: what each picture shows, with the trigger in it.
+        - `class_pictures`: what must go on being drawn alike in global scope; without them the model draws its own.
         """
         wanted = macula_discover_options.new()
         fill(wanted, options, DiscoverOptions)
         width, height = size or self.size
-        read = [one if isinstance(one, np.ndarray) else read_image(one, width, height) for one in pictures]
-        views = [view(one) for one in read]
-        array = (macula_image * len(views))(*views)
-        wanted.pictures, wanted.picture_count = array, len(views)
+        read = [
+            [one if isinstance(one, np.ndarray) else read_image(one, width, height) for one in some]
+            for some in (pictures, class_pictures)
+        ]
+        views, class_views = ([view(one) for one in some] for some in read)
+        wanted.pictures, wanted.picture_count = (macula_image * len(views))(*views), len(views)
+        if class_views:
+            wanted.class_pictures = (macula_image * len(class_views))(*class_views)
+            wanted.class_picture_count = len(class_views)
         wanted.trigger, wanted.class_noun = text(trigger), text(class_noun)
         if prompts is not None:
             if len(prompts) != len(views):
