@@ -2218,7 +2218,7 @@ macula_status macula_trajectory_step(macula_trajectory *trajectory,
 typedef struct {
   /**
    * What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"draw"`,
-   * once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`.
+   * once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`, `"tune"`.
    */
   const char *stage;
   /**
@@ -2240,7 +2240,7 @@ typedef struct {
    */
   const macula_image *preview;
   /**
-   * Stage `"search"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
+   * Stages `"search"` and `"tune"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
    */
   double loss;
 } macula_progress;

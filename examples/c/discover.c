@@ -61,6 +61,7 @@ static int32_t show_progress(void *userdata, const macula_progress *progress) {
   }
   fprintf(stderr, "\r%s %llu of %llu", progress->stage, (unsigned long long)progress->done,
           (unsigned long long)progress->total);
+  if (progress->loss == progress->loss) fprintf(stderr, ", loss %.4f", progress->loss);
   if (progress->done) {
     double each = (seconds() - stage->began) / (double)progress->done;
     fprintf(stderr, ", %.0f s left ", each * (double)(progress->total - progress->done));

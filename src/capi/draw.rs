@@ -27,7 +27,7 @@ use crate::progress::{CancelToken, Job};
 #[derive(Clone, Copy)]
 pub struct macula_progress {
     /// What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"draw"`,
-    /// once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`.
+    /// once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`, `"tune"`.
     pub stage: *const c_char,
     /// Steps done of this stage, 0 to `total`.
     pub done: u64,
@@ -39,7 +39,7 @@ pub struct macula_progress {
     /// The first picture as it is predicted now, if `preview` was asked for and the model draws in pixel space; NULL
     /// otherwise.
     pub preview: *const macula_image,
-    /// Stage `"search"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
+    /// Stages `"search"` and `"tune"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
     pub loss: f64,
 }
 
