@@ -117,6 +117,19 @@ impl macula_concept {
     }
 }
 
+impl macula_concept {
+    /// A projection for whose neurons a host has made room.
+    fn layer_of(&self, index: usize, room: usize) -> Result<&Layer> {
+        let (path, layer) = self.layer(index)?;
+        let neurons = layer.indices().len();
+        if room != neurons {
+            let path = path.to_string_lossy();
+            return Err(Error::invalid_argument(format!("count is {room}, but {path} has {neurons} neurons")));
+        }
+        Ok(layer)
+    }
+}
+
 /// What a concept is. The texts belong to the concept handle.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -553,14 +566,7 @@ pub unsafe extern "C" fn macula_concept_get_indices(
         let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         unsafe { out(out_indices, "out_indices") }?;
-        let (path, layer) = concept.layer(layer)?;
-        if count != layer.indices().len() {
-            return Err(Error::invalid_argument(format!(
-                "count is {count}, but {} has {} neurons",
-                path.to_string_lossy(),
-                layer.indices().len()
-            )));
-        }
+        let layer = concept.layer_of(layer, count)?;
         let mut at = out_indices;
         layer.indices().for_each(|index| {
             // SAFETY: `count` numbers have room by the caller's word, and as many are visited.
@@ -592,19 +598,13 @@ pub unsafe extern "C" fn macula_concept_get_values(
         let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         unsafe { out(out_values, "out_values") }?;
-        let (path, neurons) = concept.layer(layer)?;
-        if count != neurons.indices().len() {
-            return Err(Error::invalid_argument(format!(
-                "count is {count}, but {} has {} neurons",
-                path.to_string_lossy(),
-                neurons.indices().len()
-            )));
-        }
-        // SAFETY: `count` numbers have room by the caller's word.
-        let room = unsafe { std::slice::from_raw_parts_mut(out_values, count) };
-        match &concept.concept.values {
-            Some(values) => room.copy_from_slice(values.layer(layer)),
-            None => room.fill(0.0),
+        concept.layer_of(layer, count)?;
+        // SAFETY: `count` numbers have room by the caller's word, and a layer has as many values.
+        unsafe {
+            match &concept.concept.values {
+                Some(values) => out_values.copy_from_nonoverlapping(values.layer(layer).as_ptr(), count),
+                None => out_values.write_bytes(0, count),
+            }
         }
         Ok(())
     })

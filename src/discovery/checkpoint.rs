@@ -45,7 +45,7 @@ pub(super) fn save(path: &Path, identity: &str, search: &mut Search, tuning: Opt
 /// Errors: `InvalidArgument` for the checkpoint of another search; `InvalidFile` for a file that is damaged or is none;
 /// `Io`; `OutOfMemory`.
 pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result<()> {
-    let most = MAX_HEADER_BYTES + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>();
+    let most = most_bytes(search);
     restore(path, identity, most, |tensors| {
         fill_all(tensors, search.memory())?;
         search.resume(losses_in(tensors, LOSSES)?)
@@ -55,14 +55,18 @@ pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result
 /// Brings a tuning to where the file left it; nothing if there is no file or the tuning had not begun. Errors as
 /// [`resume`].
 pub(super) fn resume_tuning(path: &Path, identity: &str, search: &mut Search, tuning: &mut Tuning) -> Result<()> {
-    let most = MAX_HEADER_BYTES + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>();
-    restore(path, identity, most, |tensors| {
+    restore(path, identity, most_bytes(search), |tensors| {
         if tensors.tensor(TUNED_LOSSES).is_err() {
             return Ok(());
         }
         fill_all(tensors, tuning.memory())?;
         tuning.resume(losses_in(tensors, TUNED_LOSSES)?)
     })
+}
+
+/// The most bytes that the checkpoint of a search and its tuning takes: a tuning remembers no more than a search.
+fn most_bytes(search: &mut Search) -> usize {
+    MAX_HEADER_BYTES + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>()
 }
 
 /// The content of a checkpoint of at most so many bytes, if there is one.

@@ -190,12 +190,7 @@ impl Discovery {
         while !search.is_done() {
             let outcome = search.step(&mut |scales: &[f32], number: usize| loss(scales, number, job));
             let outcome = outcome.and_then(|()| tell("search", search.losses(), options.batches, job));
-            let due = search.is_done() || outcome.is_err() || search.losses().len().is_multiple_of(CHECKPOINT_BATCHES);
-            let saved = match &options.checkpoint {
-                Some(path) if due => checkpoint::save(path, &identity, &mut search, None),
-                _ => Ok(()),
-            };
-            outcome.and(saved)?;
+            keep(options, &identity, &mut search, None, outcome)?;
         }
         let Found { shut, mut losses, agreement } = search.found();
         let neurons = neurons(gradient, &shut)?;
@@ -210,13 +205,7 @@ impl Discovery {
                 let mut step = |scales: &[f32], number: usize| loss(scales, options.batches + number, job);
                 let outcome = tuning.step(&mut step);
                 let outcome = outcome.and_then(|()| tell("tune", tuning.losses(), wanted.steps, job));
-                let steps = tuning.losses().len();
-                let due = tuning.is_done() || outcome.is_err() || steps.is_multiple_of(CHECKPOINT_BATCHES);
-                let saved = match &options.checkpoint {
-                    Some(path) if due => checkpoint::save(path, &identity, &mut search, Some(&mut tuning)),
-                    _ => Ok(()),
-                };
-                outcome.and(saved)?;
+                keep(options, &identity, &mut search, Some(&mut tuning), outcome)?;
             }
             losses.extend(tuning.losses());
             values = Some(tuned_values(&neurons, tuning.values(), wanted)?);
@@ -235,6 +224,26 @@ impl Discovery {
             .map_err(|error| Error::io("hashing the search", error))?;
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
+}
+
+/// Passes on how a batch went, after writing the checkpoint where it is due.
+fn keep(
+    options: &DiscoveryOptions,
+    identity: &str,
+    search: &mut Search,
+    tuning: Option<&mut Tuning>,
+    outcome: Result<()>,
+) -> Result<()> {
+    let (done, batches) = match &tuning {
+        Some(tuning) => (tuning.is_done(), tuning.losses().len()),
+        None => (search.is_done(), search.losses().len()),
+    };
+    let due = done || outcome.is_err() || batches.is_multiple_of(CHECKPOINT_BATCHES);
+    let saved = match &options.checkpoint {
+        Some(path) if due => checkpoint::save(path, identity, search, tuning),
+        _ => Ok(()),
+    };
+    outcome.and(saved)
 }
 
 /// Reports how far a stage is.

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The gradient is one more ONNX model, made by [`crate::onnx::grad`] with respect to the keys and values; the step from
-//! there to the weights is a small product that needs no graph. [`Request`] does it all for an opened pipeline.
+//! there to the weights is a small product that needs no graph. A [`Tuning`] may follow: values for the found weights in place
+//! of zero, by the same slopes. [`Request`] does it all for an opened pipeline.
 
 mod checkpoint;
 mod draw;

@@ -180,18 +180,16 @@ class Concept(Handle):
 
     def indices(self, layer: int) -> np.ndarray:
         """Indices of one projection's neurons, ascending, `uint32`; `layer` counts in `layers`."""
-        count = self._layer(layer).neurons
-        numbers = np.empty(max(count, 1), dtype=np.uint32)
-        target = numbers.ctypes.data_as(POINTER(c_uint32))
-        check(library.macula_concept_get_indices(self.pointer, layer, target, count))
-        return numbers[:count]
+        return self._numbers(library.macula_concept_get_indices, layer, np.uint32, c_uint32)
 
     def values(self, layer: int) -> np.ndarray:
         """What one projection's neurons become, `float32`, in the order of `indices`: tuned values, or zeros."""
+        return self._numbers(library.macula_concept_get_values, layer, np.float32, c_float)
+
+    def _numbers(self, copy, layer: int, dtype: type, c_type: type) -> np.ndarray:
         count = self._layer(layer).neurons
-        numbers = np.empty(max(count, 1), dtype=np.float32)
-        target = numbers.ctypes.data_as(POINTER(c_float))
-        check(library.macula_concept_get_values(self.pointer, layer, target, count))
+        numbers = np.empty(max(count, 1), dtype=dtype)
+        check(copy(self.pointer, layer, numbers.ctypes.data_as(POINTER(c_type)), count))
         return numbers[:count]
 
     @property
