@@ -64,7 +64,7 @@ class Side:
         for weight in self.weights:
             weight.requires_grad_(False)
         options = SimpleNamespace(scope="local", seed=0, side=side, method="learnt-mask", density=0.01, threshold=None,
-                                  rho=0.0, batches=batches, batch=batch)
+                                  rho=0.0, batches=batches, batch=batch, tune=0)
         learn, _, noun = subject(name, "<s1>", self.model)
         find(self.model, KeyValueWeights(self.unet), learn, "<s1>", noun, options)
 
