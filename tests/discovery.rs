@@ -12,8 +12,8 @@ use macula::diffusion::pipeline::{Images, Pipeline};
 use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::search::{Bound, Found, Method, search};
 use macula::discovery::{
-    Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient, Objective, Report,
-    Request, Searched, Subject, Term, TuneOptions, Tuning,
+    Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient, MOST_CHOSEN,
+    Objective, Report, Request, Searched, Subject, Term, TuneOptions, Tuning,
 };
 use macula::progress::{CancelToken, Job, Progress};
 use macula::runtime::{Runtime, RuntimeOptions};
@@ -317,6 +317,34 @@ fn keys_or_values_are_searched_alone() {
     }
 }
 
+/// Of the sizes that are tried the one of the lowest loss is kept, and the report says them all.
+#[test]
+fn a_held_out_loss_chooses_the_density() {
+    let pictures = pictures();
+    let mut request = octopus(&pictures);
+    (request.density, request.batches, request.batch) = (None, 24, 4);
+    let mut told = Vec::new();
+    let mut watch = |progress: Progress<'_>| {
+        told.extend((progress.stage == "choose").then_some(progress.loss));
+        ControlFlow::Continue(())
+    };
+    let mut job = Job { cancel: CancelToken::new(), report: Some(&mut watch) };
+    let (concept, report) = request.find(&mut pipeline(2), &mut job).unwrap();
+    println!("{:?}", report.sizes);
+    assert_eq!(told, report.sizes.iter().map(|tried| Some(tried.1)).collect::<Vec<_>>());
+    let most = (MOST_CHOSEN * concept.neurons.weights() as f64) as usize;
+    assert!(report.sizes.is_sorted_by(|a, b| a.0 < b.0) && report.sizes.last().unwrap().0 == most);
+    let best = report.sizes.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    // Fewer where fewer would lower the loss.
+    assert!(
+        !concept.neurons.is_empty() && concept.neurons.len() <= best.0 as u64,
+        "{} of {}",
+        concept.neurons.len(),
+        best.0
+    );
+    assert!(best.1 < report.sizes[0].1, "a larger set than the smallest is better here");
+}
+
 #[test]
 fn requests_that_make_no_sense_are_refused() {
     let pictures = pictures();
@@ -337,7 +365,7 @@ fn requests_that_make_no_sense_are_refused() {
     refused(erasing(&|erasure| erasure.word = "cat".into()), "lacks \"cat\"");
     refused(erasing(&|erasure| erasure.word = " ".into()), "no word");
     refused(erasing(&|erasure| erasure.size = Some((32, 33))), "33 x 32");
-    refused(Request { drawn_pictures: 0, density: 0.0, ..no_tiger() }, "density");
+    refused(Request { drawn_pictures: 0, density: Some(0.0), ..no_tiger() }, "density");
     refused(Request { preserve: vec!["a tiger".into()], preserve_weight: f32::NAN, ..no_tiger() }, "weight NaN");
     let none = Images { count: 0, rgb: Vec::new(), ..pictures.clone() };
     refused(octopus(&none), "no pictures");

@@ -2,7 +2,7 @@
  * Finds the concept neurons of a subject from a folder of pictures, and writes them as a concept file.
  *
  *   discover MODEL PICTURES TRIGGER NOUN OUT.safetensors [options]
- *     --density P     share of the weights that may be shut  (0.01)
+ *     --density P     share of the weights that may be shut; 0 for the one of the lowest held-out loss  (0.01)
  *     --batches N     batches of the search                  (60)
  *     --batch N       noisy pictures in a batch              (8)
  *     --tune N        steps of tuning: the found weights get values instead of being shut; 200 draw the subject much
@@ -13,7 +13,9 @@
  *     --scope NAME    global or local                        (local)
  *     --seed N                                               (0)
  *
- * PICTURES holds PNG, JPEG or WebP files of one subject. TRIGGER is a word of the model's tokenizer that stands for nothing
+ * PICTURES holds PNG, JPEG or WebP files of one subject. Beside each picture there may be a file of the same name that
+ * ends in .txt: one line that says what the picture shows, with the trigger, e.g. "a TRIGGER NOUN on a blue background".
+ * What a caption says need not be learnt as part of the subject. TRIGGER is a word of the model's tokenizer that stands for nothing
  * yet, NOUN what the subject is: afterwards "a TRIGGER NOUN" draws it when the concept is composed. Ctrl-C ends the
  * search and leaves no file.
  *
@@ -31,7 +33,7 @@
 #include <strings.h>
 #include <time.h>
 
-enum { MOST_PICTURES = 64 };
+enum { MOST_PICTURES = 64, LONGEST_CAPTION = 1024 };
 
 static volatile sig_atomic_t interrupted;
 
@@ -98,6 +100,35 @@ static int list_pictures(const char *folder, char *paths[MOST_PICTURES]) {
   return count;
 }
 
+/* The line in the text file beside a picture; NULL if there is none. */
+static char *read_caption(const char *picture) {
+  size_t stem = (size_t)(strrchr(picture, '.') - picture);
+  char *path = malloc(stem + sizeof ".txt"), *line = malloc(LONGEST_CAPTION);
+  FILE *file = NULL;
+  if (path && line) {
+    snprintf(path, stem + sizeof ".txt", "%.*s.txt", (int)stem, picture);
+    file = fopen(path, "r");
+  }
+  if (!file || !fgets(line, LONGEST_CAPTION, file)) {
+    free(line);
+    line = NULL;
+  } else {
+    line[strcspn(line, "\r\n")] = '\0';
+  }
+  if (file) fclose(file);
+  free(path);
+  return line;
+}
+
+/* How many of each projection's weights were found. */
+static void print_layers(const macula_concept *concept, size_t count) {
+  macula_layer_info layer = MACULA_LAYER_INFO_INIT;
+  for (size_t i = 0; i < count && !macula_concept_get_layer(concept, i, &layer); ++i) {
+    double weights = (double)layer.out_features * (double)layer.in_features;
+    printf("  %6.3f %%  %s\n", 100.0 * (double)layer.neurons / weights, layer.path);
+  }
+}
+
 typedef struct {
   const char *model, *pictures, *trigger, *noun, *out;
   macula_discover_options search;
@@ -144,10 +175,10 @@ int main(int count, char **values) {
   macula_pipeline_info info = MACULA_PIPELINE_INFO_INIT;
   macula_images *files[MOST_PICTURES] = {0};
   macula_image pictures[MOST_PICTURES];
-  char *paths[MOST_PICTURES] = {0};
+  char *paths[MOST_PICTURES] = {0}, *captions[MOST_PICTURES] = {0};
   clock_of_stage stage = {0};
   macula_status status;
-  int found;
+  int found, captioned = 0;
 
   if (!read_arguments(count, values, &wanted)) {
     fprintf(stderr, "usage: %s MODEL PICTURES TRIGGER NOUN OUT.safetensors [options]\n", values[0]);
@@ -155,6 +186,12 @@ int main(int count, char **values) {
   }
   if ((found = list_pictures(wanted.pictures, paths)) <= 0) {
     fprintf(stderr, "%s: %s\n", wanted.pictures, found ? "can't be read" : "holds no PNG, JPEG or WebP picture");
+    return 2;
+  }
+  for (int i = 0; i < found; ++i) captioned += (captions[i] = read_caption(paths[i])) != NULL;
+  if (captioned && captioned < found) {
+    fprintf(stderr, "%s: %d of %d pictures have a caption beside them: all must, or none\n", wanted.pictures, captioned,
+            found);
     return 2;
   }
   signal(SIGINT, interrupt);
@@ -169,6 +206,8 @@ int main(int count, char **values) {
   }
   wanted.search.pictures = pictures;
   wanted.search.picture_count = (size_t)found;
+  wanted.search.prompts = captioned ? (const char *const *)captions : NULL;
+  wanted.search.prompt_count = (size_t)captioned;
   wanted.search.trigger = wanted.trigger;
   wanted.search.class_noun = wanted.noun;
   wanted.search.progress = show_progress;
@@ -182,6 +221,7 @@ int main(int count, char **values) {
     macula_concept_info about = MACULA_CONCEPT_INFO_INIT;
     if (!macula_concept_get_info(concept, &about)) {
       printf("%s: %llu neurons from %d pictures\n", wanted.out, (unsigned long long)about.neurons, found);
+      print_layers(concept, about.layer_count);
     }
   }
 
@@ -189,6 +229,7 @@ int main(int count, char **values) {
   for (int i = 0; i < found; ++i) {
     macula_images_free(files[i]);
     free(paths[i]);
+    free(captions[i]);
   }
   macula_pipeline_free(pipeline);
   macula_runtime_free(runtime);

@@ -1,6 +1,7 @@
 //! One search from examples to a set of neurons.
 
 use std::io::Write;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::checkpoint;
 use super::draw::{Batch, Examples, Objective, pick};
 use super::gradient::KeyValueGradient;
+use super::held_out;
 use super::search::{Bound, Found, Method, Search, Slope};
 use super::tune::{TuneOptions, Tuning};
 use crate::concept::{Indices, Layer, NeuronSet, Values};
@@ -54,6 +56,12 @@ pub struct DiscoveryOptions {
 /// Batches between two writes of a checkpoint.
 pub const CHECKPOINT_BATCHES: usize = 10;
 
+/// The smallest set that a held-out loss is asked about, as a part of all weights: 0.005 %.
+const LEAST_PART: usize = 20_000;
+
+/// Held-out batches: numbers that no search or tuning reaches.
+const HELD_OUT: Range<usize> = 1 << 31..(1 << 31) + 4;
+
 /// Batches whose mean is the running loss.
 const RUNNING: usize = 10;
 
@@ -73,6 +81,8 @@ pub struct Report {
     pub values: Option<Values>,
     /// The loss of each batch, along the search and then the tuning.
     pub losses: Vec<f64>,
+    /// With [`Bound::HeldOut`] the sizes that were tried, in weights, each with its held-out loss; else empty.
+    pub sizes: Vec<(usize, f64)>,
     /// See [`Found::agreement`].
     pub agreement: f64,
     /// Time from the first batch to the last.
@@ -163,7 +173,8 @@ impl Discovery {
     /// Searches, and tunes what was found. `unet` is the model that `gradient` was made of; its composition must be empty,
     /// and its conditioning is replaced. The same seed gives the same set and values on any number of threads.
     ///
-    /// Reports the stages `"search"` and `"tune"`, one unit a batch, with the mean loss of the last ten.
+    /// Reports the stages `"search"` and `"tune"`, one unit a batch, with the mean loss of the last ten, and between them,
+    /// with [`Bound::HeldOut`], `"choose"`, one unit a size, with its loss.
     ///
     /// Errors: [`crate::Status::InvalidArgument`], also for a checkpoint of another search;
     /// [`crate::Status::InvalidFile`] for a damaged one; [`crate::Status::NotFinite`] naming the batch;
@@ -192,7 +203,18 @@ impl Discovery {
             let outcome = outcome.and_then(|()| tell("search", search.losses(), options.batches, job));
             keep(options, &identity, &mut search, None, outcome)?;
         }
-        let Found { shut, mut losses, agreement } = search.found();
+        let mut sizes = Vec::new();
+        if let Bound::HeldOut(most) = options.bound {
+            let asked = held_out::sizes(gradient.len() / LEAST_PART, most);
+            for (done, &size) in asked.iter().enumerate() {
+                let mut shut = |scales: &[f32], number: usize| loss(scales, number, job);
+                sizes.push((size, held_out::loss_of(&search, size, HELD_OUT, &mut shut)?));
+                let (done, total, loss) = (done as u64 + 1, asked.len() as u64, sizes.last().map(|tried| tried.1));
+                job.tell(Progress { stage: "choose", done, total, loss })?;
+            }
+        }
+        let size = held_out::best(&sizes).unwrap_or_else(|| search.budget());
+        let Found { shut, mut losses, agreement } = search.found_within(size);
         let neurons = neurons(gradient, &shut)?;
         let mut values = None;
         if let Some(wanted) = options.tune {
@@ -210,7 +232,7 @@ impl Discovery {
             losses.extend(tuning.losses());
             values = Some(tuned_values(&neurons, tuning.values(), wanted)?);
         }
-        Ok(Report { neurons, values, losses, agreement, elapsed: began.elapsed() })
+        Ok(Report { neurons, values, losses, sizes, agreement, elapsed: began.elapsed() })
     }
 
     /// A hash of all that a search depends on: options, base, terms.

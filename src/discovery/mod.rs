@@ -12,6 +12,7 @@
 mod checkpoint;
 mod draw;
 mod gradient;
+mod held_out;
 mod job;
 mod material;
 mod request;
@@ -21,5 +22,5 @@ mod tune;
 pub use draw::{Batch, Examples, Objective};
 pub use gradient::{GradientOptions, KeyValueGradient, Searched};
 pub use job::{CHECKPOINT_BATCHES, Discovery, DiscoveryOptions, Report, Term};
-pub use request::{Erasure, Goal, Request, Subject};
+pub use request::{Erasure, Goal, MOST_CHOSEN, Request, Subject};
 pub use tune::{TuneOptions, Tuning, WARM_UP};

@@ -69,8 +69,9 @@ pub struct Request<'a> {
     pub searched: Searched,
     /// How they are searched for.
     pub method: Method,
-    /// The share of the searched weights that may be shut, in (0, 1].
-    pub density: f64,
+    /// The share of the searched weights that may be shut, in (0, 1]; `None` for the one of the lowest held-out loss, from
+    /// 0.005 % to [`MOST_CHOSEN`].
+    pub density: Option<f64>,
     /// Batches of the search.
     pub batches: usize,
     /// States of each part of the loss in a batch.
@@ -89,6 +90,9 @@ pub struct Request<'a> {
     pub checkpoint: Option<PathBuf>,
 }
 
+/// The largest share of the searched weights that a held-out loss chooses.
+pub const MOST_CHOSEN: f64 = 0.05;
+
 impl<'a> Request<'a> {
     /// A learnt mask of 1 % of the weights in 60 batches of 8, local to the concept's own words.
     pub fn new(goal: Goal<'a>) -> Self {
@@ -100,7 +104,7 @@ impl<'a> Request<'a> {
             scope: Scope::Local,
             searched: Searched::default(),
             method: Method::default(),
-            density: 0.01,
+            density: Some(0.01),
             batches: 60,
             batch: 8,
             lot: 0,
@@ -114,7 +118,8 @@ impl<'a> Request<'a> {
 
     /// Finds the neurons. The pipeline's concepts are cleared first and are the caller's to set again.
     ///
-    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"`, `"search"` and `"tune"`.
+    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"`, `"search"`, without a density
+    /// `"choose"`, and `"tune"`.
     ///
     /// Errors: [`Status::InvalidArgument`] for no pictures, a size that the model does not take, prompts that are not one
     /// a picture, anchors that are not one a prompt, a trigger that the tokenizer has not, a prompt without the word, a
@@ -148,10 +153,17 @@ impl<'a> Request<'a> {
             ));
         }
         job.step("differentiate", 1, 1)?;
-        options.bound = Bound::Count(((self.density * gradient.len() as f64) as usize).max(1));
+        let count = |density: f64| ((density * gradient.len() as f64) as usize).max(1);
+        options.bound = match self.density {
+            Some(density) => Bound::Count(count(density)),
+            None => Bound::HeldOut(count(MOST_CHOSEN)),
+        };
         let report = discovery.run(pipeline.unet_mut(), &gradient, &options, job)?;
         let (neurons, values) = (report.neurons.clone(), report.values.clone());
-        Ok((Concept { neurons, values, metadata: self.metadata(fingerprint) }, report))
+        let mut metadata = self.metadata(fingerprint);
+        let chosen = || neurons.len() as f64 / gradient.len() as f64;
+        metadata.selection = Some(Selection::Budget(self.density.unwrap_or_else(chosen)));
+        Ok((Concept { neurons, values, metadata }, report))
     }
 
     fn differentiate(
@@ -198,7 +210,6 @@ impl<'a> Request<'a> {
         if let Some(tune) = &self.tune {
             metadata.method += &format!(", {} steps of tuning", tune.steps);
         }
-        metadata.selection = Some(Selection::Budget(self.density));
         metadata.steps = Some(self.batches as u64);
         metadata.seed = Some(self.seed);
         metadata
@@ -209,8 +220,10 @@ impl<'a> Request<'a> {
         let Some(tokenizer) = pipeline.tokenizer() else {
             return refuse("the model takes no text".into());
         };
-        if !(self.density > 0.0 && self.density <= 1.0) {
-            return refuse(format!("the density is {}, must be in (0, 1]", self.density));
+        if let Some(density) = self.density
+            && !(density > 0.0 && density <= 1.0)
+        {
+            return refuse(format!("the density is {density}, must be in (0, 1]"));
         }
         if self.batches == 0 || self.batch == 0 {
             return refuse(format!("{} batches of {}: both must be at least 1", self.batches, self.batch));

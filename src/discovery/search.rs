@@ -68,6 +68,9 @@ pub enum Bound {
     Count(usize),
     /// Those whose mean score reaches tau; [`Method::Algorithm1`] only.
     Threshold(f64),
+    /// Searched like `Count`; then so many of the highest ranked as have the lowest loss on batches that the search did
+    /// not see ([`super::held_out`]). Not for [`Method::Gradual`], which ranks no set as a whole.
+    HeldOut(usize),
 }
 
 /// What a search found.
@@ -148,6 +151,11 @@ impl Search {
             (method, Bound::Threshold(_)) => {
                 return Err(Error::invalid_argument(format!("{method:?} takes a number of weights, not a threshold")));
             }
+            (Method::Gradual { .. }, Bound::HeldOut(_)) => {
+                return Err(Error::invalid_argument(
+                    "a gradual search ranks no set as a whole, so a held-out loss can't choose its size: name a density",
+                ));
+            }
             (Method::Gradual { stages }, _) => Memory::Gradual {
                 stages: stages.clamp(1, batches),
                 open: filled(count, 1.0)?,
@@ -224,6 +232,11 @@ impl Search {
 
     /// What the batches so far lead to.
     pub fn found(&self) -> Found {
+        self.found_within(self.budget())
+    }
+
+    /// The highest ranked `budget` weights of what was found.
+    pub(super) fn found_within(&self, budget: usize) -> Found {
         let mut found = Found { losses: self.losses.clone(), agreement: f64::NAN, ..Found::default() };
         match &self.memory {
             Memory::Algorithm1 { even, odd, .. } => {
@@ -234,11 +247,11 @@ impl Search {
                 let scores: Vec<f64> = even.iter().zip(odd).map(|(a, b)| (a + b) / batches).collect();
                 found.shut = match self.bound {
                     Bound::Threshold(tau) => scores.iter().map(|&score| score >= tau).collect(),
-                    Bound::Count(budget) => largest(&scores, budget),
+                    Bound::Count(_) | Bound::HeldOut(_) => largest(&scores, budget),
                 };
             }
             Memory::Gradual { open, .. } => found.shut = open.iter().map(|&open| open == 0.0).collect(),
-            Memory::LearntMask { scales, total, .. } => found.shut = self.masked(scales, total),
+            Memory::LearntMask { scales, total, .. } => found.shut = self.masked(scales, total, budget),
         }
         found
     }
@@ -249,14 +262,14 @@ impl Search {
             Memory::Algorithm1 { scales, .. } => scales.iter().map(|&scale| scale as f32).collect(),
             Memory::Gradual { open, .. } => open.clone(),
             Memory::LearntMask { scales, total, .. } => {
-                self.masked(scales, total).iter().map(|&shut| f32::from(u8::from(!shut))).collect()
+                self.masked(scales, total, self.budget()).iter().map(|&shut| f32::from(u8::from(!shut))).collect()
             }
         }
     }
 
-    fn budget(&self) -> usize {
+    pub(super) fn budget(&self) -> usize {
         match self.bound {
-            Bound::Count(budget) => budget,
+            Bound::Count(budget) | Bound::HeldOut(budget) => budget,
             Bound::Threshold(_) => usize::MAX,
         }
     }
@@ -265,10 +278,10 @@ impl Search {
     /// `1 - s + 0.4 q`, where `q` is the sum of all slopes so far over its largest entry: Adam brings weights of small and
     /// of large effect down alike, `q` puts the large ones first. What is allowed grows geometrically to the budget over
     /// the first half of the batches.
-    fn masked(&self, scales: &[f32], total: &[f64]) -> Vec<bool> {
+    fn masked(&self, scales: &[f32], total: &[f64], budget: usize) -> Vec<bool> {
         let shut: Vec<bool> = scales.iter().map(|&scale| scale < 0.5).collect();
         let grown = (self.losses.len() as f64 / (0.5 * self.batches as f64).max(1.0)).min(1.0);
-        let allowed = (self.budget() as f64).powf(grown).round() as usize;
+        let allowed = (budget as f64).powf(grown).round() as usize;
         if shut.iter().filter(|&&shut| shut).count() <= allowed {
             return shut;
         }

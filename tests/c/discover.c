@@ -77,7 +77,7 @@ int main(int argc, char **argv) {
   options.trigger = "unheard";
   REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "unheard");
   options.trigger = "<s2>";
-  options.density = 0;
+  options.density = 1.5;
   REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "density");
   options.density = 0.01;
   options.batches = 0;
