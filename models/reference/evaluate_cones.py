@@ -40,6 +40,7 @@ import probe
 
 ALPHA = 0.05
 STEPS = 20
+SEARCH = dict(method="learnt-mask", scope="local", threshold=None, rho=0.0, batch=8, preserve_weight=1.0)
 
 
 @dataclass
@@ -70,8 +71,10 @@ def find_natively(program, model_folder, name, word, noun, options):
     """Runs the host program on the pictures to learn from; returns the concept file."""
     pictures = options.out / "pictures" / name
     pictures.mkdir(parents=True, exist_ok=True)
-    for i in range(1, 5):
+    colours = json.loads((SUBJECT_PICTURES / "subjects.json").read_text())[name]["learn_colours"]
+    for i, colour in enumerate(colours, 1):
         shutil.copy(SUBJECT_PICTURES / name / f"{i}.png", pictures)
+        (pictures / f"{i}.txt").write_text(on_background(f"{word} {noun}", colour) + "\n")
     path = options.out / "cones" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [program, model_folder, pictures, word, noun, path, "--side", options.side, "--seed", options.seed]
@@ -159,33 +162,47 @@ def drawn(model, weights, known, count, options):
     return {"pictures_each": count, "subjects": by_subject, "all": shares}
 
 
+def scenes(known, number, count, seeds, rng):
+    """Groups of `number` subjects under different words, each with a caption for every seed."""
+    groups = [g for g in combinations(known, number) if len({one.word for one in g}) == number]
+    for group in rng.sample(groups, min(count, len(groups))):
+        phrases = " and ".join(words.with_article(one.phrase) for one in group)
+        yield group, [f"{phrases} on a {rng.choice(list(words.COLOURS))} background" for _ in range(seeds)]
+
+
+def shares_found(ways, number):
+    """Of how many subjects were found in each picture of `number`, by way: the mean and the shares of nearly all and all."""
+    shares = {}
+    for way, numbers in ways.items():
+        shares[way] = {"mean_found": round(float(np.mean(numbers)), 3)}
+        for least in sorted({min(max(number - 1, 2), number), number}):
+            name = "all" if least == number else f"at_least_{least}"
+            shares[way][name] = judging.wilson(sum(n >= least for n in numbers), len(numbers))
+    return shares
+
+
+def number_found(pictures, group, options):
+    """How many of the group's subjects the judge finds in each picture."""
+    labels = [probe.LABELS.index(one.name) for one in group]
+    return found_in(pictures, options)[:, labels].sum(1).tolist()
+
+
 def composed(model, weights, known, number, count, seeds, options):
     """Scenes of `number` subjects: how many are found, by the way in which their sets are joined."""
     rng = random.Random(f"{options.seed} {number}")
-    groups = [g for g in combinations(known, number) if len({one.word for one in g}) == number]
-    groups = rng.sample(groups, min(count, len(groups)))
     ways, rows = {}, []
-    for i, group in enumerate(groups):
-        phrases = " and ".join(words.with_article(one.phrase) for one in group)
-        captions = [f"{phrases} on a {rng.choice(list(words.COLOURS))} background" for _ in range(seeds)]
+    for i, (group, captions) in enumerate(scenes(known, number, count, seeds, rng)):
         sets, shown = {"untouched": []}, []
         for where, scope in (("own tokens", None), ("every token", Scope())):
             for how in ("shut", "tuned"):
                 sets[f"{how}, {where}"] = [part for one in group for part in one.parts(weights, scope)[how]]
         for way, parts in sets.items():
             pictures = drawn_with(model, weights, captions, parts, 100 * options.seed + i, options)
-            hits = found_in(pictures, options)
-            ways.setdefault(way, []).extend(int(sum(row[probe.LABELS.index(one.name)] for one in group)) for row in hits)
+            ways.setdefault(way, []).extend(number_found(pictures, group, options))
             shown += list(pictures[:2])
         rows.append(shown)
     save_sheet(rows[:12], options.out / f"cones-composed-{number}.png")
-    shares = {}
-    for way, numbers in ways.items():
-        shares[way] = {"mean_found": round(float(np.mean(numbers)), 3)}
-        for least in sorted({max(number - 1, 2), number}):
-            name = "all" if least == number else f"at_least_{least}"
-            shares[way][name] = judging.wilson(sum(n >= least for n in numbers), len(numbers))
-    return shares
+    return shares_found(ways, number)
 
 
 def beside(model, weights, known, count, options):
@@ -204,8 +221,8 @@ def beside(model, weights, known, count, options):
     return {side: judging.wilson(sum(hits), len(hits)) for side, hits in sides.items()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_search(parser):
+    """How subjects are searched for, tuned and drawn."""
     parser.add_argument("--model", type=Path, default=SHIPPED, help="ONNX folder")
     parser.add_argument("--judges", type=Path, default=probe.FOLDER)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
@@ -218,11 +235,15 @@ def main():
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_search(parser)
     parser.add_argument("--subjects", type=int, default=10)
     parser.add_argument("--full", action="store_true", help="every subject, 30 compositions of 8 seeds")
     options = parser.parse_args()
-    search = dict(method="learnt-mask", scope="local", threshold=None, rho=0.0, batch=8, preserve_weight=1.0)
-    vars(options).update(search)
+    vars(options).update(SEARCH)
     began = time.time()
     model, weights = open_model(options)
     names = list(words.SUBJECTS)[: None if options.full else options.subjects]
@@ -230,7 +251,7 @@ def main():
     known = find_all(model, weights, names, options)
     report = {
         "found_by": "the library" if options.discover else "the reference",
-        **{n: getattr(options, n) for n in ("density", "tune", "values", "guidance", "side", "batches", "seed", *search)},
+        **{n: getattr(options, n) for n in ("density", "tune", "values", "guidance", "side", "batches", "seed", *SEARCH)},
         "concept_bytes": [one.size for one in known],
         "share_of_kv_bytes": [one.size and round(one.size / (4 * weights.count), 5) for one in known],
         "held_out": held_out(model, weights, known, 208),
