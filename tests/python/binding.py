@@ -276,6 +276,7 @@ class Concepts(WithPipeline):
 
         def stop(now):
             stages.append(now.stage)
+            self.assertIsNone(now.loss)
             raise InterruptedError
 
         pictures = [self.base, self.base]
@@ -298,6 +299,44 @@ class Schedules(WithPipeline):
         again = macula.Schedule.from_json(schedule.fields)
         np.testing.assert_array_equal(self.pipeline.draw("a cat", **{**options, "schedule": again})[0], drawn[0])
         self.assert_draws_as_before()
+
+    def walked(self, trajectory, noises):
+        """Clean states by a loop of this test's own, and the sides of all states."""
+        context = self.pipeline.encode_prompt("a cat").context
+        state, sides = trajectory.start(next(noises)(trajectory.now.shape)), []
+        while not (now := trajectory.now).done:
+            sides.append(now.shape[2])
+            label = None if now.class_label is None else np.array([now.class_label])
+            prediction = self.pipeline.denoise(now.input_scale * state, now.timestep, context, class_labels=label)
+            lift = next(noises)(now.next_shape) if now.lifts else None
+            state, clean = trajectory.step(state, prediction, lift_noise=lift)
+            self.assertEqual((state.shape, clean.shape), (now.next_shape, now.shape))
+        return state, sides
+
+    def test_a_loop_of_ones_own_draws_the_same(self):
+        noise = np.random.default_rng(7).standard_normal((1, 3, 64, 64), dtype=np.float32)
+        fields = {**self.pipeline.schedule.fields, "turning_points": [], "stage_class_labels": [0], "stage_sizes": [64]}
+        plain = macula.Schedule.from_json({**fields, "lift_std": []})
+        state, sides = self.walked(plain.begin(steps=3), iter([lambda shape: noise]))
+        self.assertEqual(sides, [64, 64, 64])
+        drawn = self.pipeline.draw("a cat", steps=3, guidance=1.0, noise=noise)[0]
+        np.testing.assert_allclose((state[0].transpose(1, 2, 0) + 1) * 127.5, drawn, atol=0.51)
+
+    def test_noise_is_asked_for_where_sides_double(self):
+        trajectory, rng = self.pipeline.schedule.begin(steps=4), np.random.default_rng(7)
+        normal = lambda shape: rng.standard_normal(shape, dtype=np.float32)
+        state, sides = self.walked(trajectory, iter([normal] * 3))
+        self.assertEqual((sorted(set(sides)), state.shape, trajectory.now.done), ([16, 32, 64], (1, 3, 64, 64), True))
+        with self.pipeline.schedule.begin(steps=4, batch=2) as other:
+            zeros = np.zeros(other.now.shape, dtype=np.float32)
+            while not other.now.lifts:
+                zeros, _ = other.step(zeros, zeros)
+            before = other.now
+            with self.assertRaisesRegex(macula.InvalidArgument, "adds lift noise"):
+                other.step(zeros, zeros)
+            self.assertEqual(other.now, before)
+        with self.assertRaisesRegex(ValueError, "closed"):
+            other.now
 
     def test_turning_points_are_chosen_within_a_budget(self):
         rough = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in range(2)]

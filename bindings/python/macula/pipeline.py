@@ -14,7 +14,7 @@ from ._abi import (
     Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
     macula_layer_info, macula_memory_info, macula_pipeline_info, macula_pipeline_options, macula_session_options, macula_term,
 )
-from ._library import Closable, Handle, check, info, lent_array, library, receive, tensor, text
+from ._library import Closable, Handle, check, info, lent_array, library, numbers, receive, tensor, text
 from .concepts import Concept, Layer
 from .images import Images, read_image, view
 from .jobs import CancelToken, Progress, run
@@ -191,7 +191,7 @@ class Pipeline(Closable):
         wanted = macula_draw_options.new()
         fill(wanted, options, DrawOptions)
         wanted.prompt = text(prompt)
-        wanted.noise, wanted.start_latent = _numbers(noise), _numbers(start_latent)
+        wanted.noise, wanted.start_latent = numbers(noise), numbers(start_latent)
         if start_image is not None:
             wanted.start_image = pointer(view(start_image))
         wanted.schedule = schedule.pointer if schedule else None
@@ -266,9 +266,9 @@ class Pipeline(Closable):
         """
         inputs = macula_denoise_inputs.new()
         states = np.ascontiguousarray(sample, dtype=np.float32)
-        inputs.sample, inputs.context = _numbers(states), _numbers(context)
-        inputs.text_embeds, inputs.time_ids = _numbers(text_embeds), _numbers(time_ids)
-        inputs.class_labels, inputs.timestep_cond = _numbers(class_labels, np.int64), _numbers(timestep_cond)
+        inputs.sample, inputs.context = numbers(states), numbers(context)
+        inputs.text_embeds, inputs.time_ids = numbers(text_embeds), numbers(time_ids)
+        inputs.class_labels, inputs.timestep_cond = numbers(class_labels, np.int64), numbers(timestep_cond)
         inputs.embedding = embedding.pointer if embedding else None
         inputs.cancel = cancel.pointer if cancel else None
         inputs.timestep, inputs.first_conditional, inputs.stage = timestep, first_conditional, stage
@@ -286,11 +286,6 @@ class Pipeline(Closable):
         if self._handle is None:
             return "<macula.Pipeline: closed>"
         return f"<macula.Pipeline: {self.size[0]} x {self.size[1]}, {self.provider}>"
-
-
-def _numbers(array: Any, dtype: type = np.float32) -> Any:
-    """A pointer to a tensor of the array, without a copy where its type and order are right; NULL for `None`."""
-    return None if array is None else pointer(tensor(np.ascontiguousarray(array, dtype=dtype)))
 
 
 def _receiving(function: Any, *arguments: Any) -> Callable[[], int]:
