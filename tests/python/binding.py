@@ -287,6 +287,39 @@ class Concepts(WithPipeline):
             self.pipeline.discover(pictures, "no such trigger", "cat")
 
 
+    def test_a_search_takes_what_was_encoded(self):
+        """Latents of a model in pixel space are the pictures, so the same search can be asked for in both ways."""
+        pictures = [macula.read_image(ROOT / f"models/emoji/subjects/octopus/{at}.png", 32, 32) for at in (1, 2)]
+        quick = {"batches": 2, "batch": 1, "method": "saliency", "class_label": 4}
+        known = self.pipeline.discover(pictures, "<s2>", "animal", **quick)
+        prompt = self.pipeline.encode_prompt("a <s2> animal")
+        latents = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        told = []
+        found = self.pipeline.discover_encoded(
+            latents, prompt.context, "<s2>", "animal", embedding=prompt, progress=lambda now: told.append(now.loss), **quick
+        )
+        shared = found.overlap(known)
+        self.assertGreater(shared.jaccard, 0.99)
+        self.assertTrue(told[-1] > 0 and told[0] is None, told)
+        everywhere = self.pipeline.discover_encoded(
+            latents, prompt.context, "no token", "animal", class_latents=latents[:1], class_context=prompt.context,
+            scope="global", **quick,
+        )
+        self.assertEqual(everywhere.scope, macula.Scope.GLOBAL)
+        self.assertLess(everywhere.overlap(known).jaccard, 0.9)
+        for wrong, named in [
+            ({}, "local scope"),
+            ({"embedding": self.pipeline.encode_prompt("an animal")}, "lacks"),
+            ({"scope": "global", "class_latents": latents}, "class_context"),
+            ({"scope": "global", "class_latents": latents[:, :1], "class_context": prompt.context}, "1 channels"),
+        ]:
+            with self.assertRaisesRegex(macula.InvalidArgument, named):
+                self.pipeline.discover_encoded(latents, prompt.context, "<s2>", "animal", **wrong, **quick)
+        two = np.repeat(prompt.context, 3, axis=0)
+        with self.assertRaisesRegex(macula.InvalidArgument, "2 latents and 3 texts"):
+            self.pipeline.discover_encoded(latents, two, "<s2>", "animal", scope="global", **quick)
+
+
 class Schedules(WithPipeline):
     def test_early_steps_see_smaller_states(self):
         schedule, sides = self.pipeline.schedule, []

@@ -238,6 +238,37 @@ class Pipeline(Closable):
         call = _receiving(library.macula_discover, self.pointer, byref(wanted))
         return Concept(run(call, wanted, progress, cancel))
 
+    def discover_encoded(
+        self,
+        latents: np.ndarray,
+        context: np.ndarray,
+        trigger: str,
+        class_noun: str,
+        *,
+        embedding: Embedding | None = None,
+        class_latents: np.ndarray | None = None,
+        class_context: np.ndarray | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[DiscoverOptions],
+    ) -> Concept:
+        """As `discover`, for a host that encodes pictures and texts itself.
+
+        - `latents`: clean ones of the subject, `[N, C, h, w]`, scaled as the UNet sees them; `context`: encodings of texts
+          with the trigger, `[N, rows, features]`, or `[1, rows, features]` of one for all.
+        - `embedding`: what `context` is, if the pipeline encoded it; without, `scope="global"` must be asked for, and the
+          trigger may be any word.
+        - `class_latents`, `class_context`: what must go on being drawn alike in global scope.
+        """
+        wanted = macula_discover_options.new()
+        fill(wanted, options, DiscoverOptions)
+        wanted.latents, wanted.context = numbers(latents), numbers(context)
+        wanted.class_latents, wanted.class_context = numbers(class_latents), numbers(class_context)
+        wanted.embedding = embedding.pointer if embedding else None
+        wanted.trigger, wanted.class_noun = text(trigger), text(class_noun)
+        call = _receiving(library.macula_discover, self.pointer, byref(wanted))
+        return Concept(run(call, wanted, progress, cancel))
+
     def encode_prompt(self, prompt: str, cancel: CancelToken | None = None) -> Embedding:
         """Encodes a prompt of any length."""
         token = cancel.pointer if cancel else None
