@@ -1,10 +1,15 @@
 """ComfyUI nodes: concept neurons on ONNX models, which Macula runs, and on ComfyUI's own."""
 
+from inspect import cleandoc
+
 from .concepts import AblateConcept, ComposeConcepts, ConceptInfo, LoadConcept, SaveConcept
-from .models import ApplyConcept, FindConceptNeurons, LoadMaculaUNet
+from .discovery import FindConceptNeurons
+from .models import ApplyConcept, EncodePrompt, LoadMaculaUNet
+from .sampling import DecomposedSampler
 
 NODE_CLASS_MAPPINGS = {
     "MaculaLoadUNet": LoadMaculaUNet,
+    "MaculaEncodePrompt": EncodePrompt,
     "MaculaLoadConcept": LoadConcept,
     "MaculaSaveConcept": SaveConcept,
     "MaculaComposeConcepts": ComposeConcepts,
@@ -12,10 +17,12 @@ NODE_CLASS_MAPPINGS = {
     "MaculaApplyConcept": ApplyConcept,
     "MaculaConceptInfo": ConceptInfo,
     "MaculaFindConceptNeurons": FindConceptNeurons,
+    "MaculaDecomposedSampler": DecomposedSampler,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "MaculaLoadUNet": "Load Macula UNet (ONNX)",
+    "MaculaEncodePrompt": "Encode Prompt (Macula)",
     "MaculaLoadConcept": "Load Concept",
     "MaculaSaveConcept": "Save Concept",
     "MaculaComposeConcepts": "Compose Concepts",
@@ -23,4 +30,11 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "MaculaApplyConcept": "Apply Concept to MODEL",
     "MaculaConceptInfo": "Concept Info",
     "MaculaFindConceptNeurons": "Find Concept Neurons",
+    "MaculaDecomposedSampler": "Decomposed Sampler",
 }
+
+for _node in NODE_CLASS_MAPPINGS.values():
+    _node.DESCRIPTION = cleandoc(_node.__doc__)
+
+#: The help pages, in `docs`.
+WEB_DIRECTORY = "./web"

@@ -1,4 +1,4 @@
-"""Nodes that know concepts only: loading, saving, putting together, looking at. No torch, no model.
+"""Nodes that know concepts only: loading, saving, putting together, looking at. No model.
 
 A `MACULA_CONCEPT` is a `macula.Concept`. A `MACULA_COMPOSITION` is a tuple of `Shut`: what the graph wants done to the
 weights of a MODEL, in its order.
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import folder_paths
 import macula
+import numpy as np
+import torch
+
+from . import plots
 
 folder_paths.add_model_folder_path("concepts", os.path.join(folder_paths.models_dir, "concepts"))
 folder_paths.folder_names_and_paths["concepts"][1].add(".safetensors")
@@ -109,10 +113,10 @@ class AblateConcept(_AddsConcept):
 
 
 class ConceptInfo:
-    """Sizes and layers of a concept, and what it has in common with another one."""
+    """Sizes and layers of a concept, and what it has in common with another one, as text and as a plot."""
 
     CATEGORY, FUNCTION, OUTPUT_NODE = CATEGORY, "tell", True
-    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("text",)
+    RETURN_TYPES, RETURN_NAMES = ("STRING", "IMAGE"), ("text", "plot")
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -120,7 +124,19 @@ class ConceptInfo:
 
     def tell(self, concept, other=None):
         text = "\n".join(describe(concept, other))
-        return {"ui": {"text": [text]}, "result": (text,)}
+        plot = plots.layers(concept, other)
+        image = torch.from_numpy(plot.astype(np.float32) / 255)[None]
+        return {"ui": {"text": [text], "images": [_preview(plot)]}, "result": (text, image)}
+
+
+def _preview(plot):
+    """Puts a picture where ComfyUI shows it in a node."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        "macula_concept", folder_paths.get_temp_directory()
+    )
+    file = f"{name}_{counter:05}_.png"
+    macula.write_png(plot, os.path.join(folder, file))
+    return {"filename": file, "subfolder": subfolder, "type": "temp"}
 
 
 def describe(concept, other=None):

@@ -1,10 +1,13 @@
-"""Nodes that have to do with a MODEL: loading an ONNX one, applying concepts, finding them."""
+"""Nodes that have to do with a MODEL: loading an ONNX one, encoding prompts for it, applying concepts."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -12,28 +15,84 @@ import comfy.supported_models
 import comfy.utils
 import folder_paths
 import macula
-import numpy as np
 import torch
 
 from .concepts import CATEGORY
-from .onnx_unet import COMPOSITION, OnnxUNet
+from .jobs import interruptible
+from .noise import noise_levels
+from .onnx_unet import COMPOSITION, PROMPT, PROMPTS, OnnxUNet, PromptCond
 from .weights import patches
 
 folder_paths.add_model_folder_path("macula", os.path.join(folder_paths.models_dir, "macula"))
 
 
-class MaculaModel(comfy.model_base.BaseModel):
-    """A model without torch weights, that says truthfully what a run takes. Latents and noise are those of SD1.x."""
+class PixelSpace(comfy.latent_formats.LatentFormat):
+    """Of models without a VAE, whose latents are the pictures themselves, from -1 to 1."""
 
-    def __init__(self, pipeline, model_type):
+    latent_channels = 3
+    spacial_downscale_ratio = 1
+
+    def __init__(self):
+        self.latent_rgb_factors = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+class MaculaModel(comfy.model_base.BaseModel):
+    """A model without torch weights: its UNet is a pipeline's. Noise levels and latents are those of the model folder."""
+
+    def __init__(self, folder: Path, pipeline: macula.Pipeline):
+        scheduler = read_json(folder / "scheduler/scheduler_config.json")
         channels = pipeline.latent_shape[0]
         config = comfy.supported_models.SD15({"disable_unet_model_creation": True, "in_channels": channels})
-        super().__init__(config, model_type, device=torch.device("cpu"))
-        self.diffusion_model = OnnxUNet(pipeline)
+        config.latent_format = latent_format(folder, channels)
+        super().__init__(config, model_type(scheduler), device=torch.device("cpu"))
+        self.model_sampling.set_sigmas(torch.from_numpy(noise_levels(scheduler)))
+        unet = read_json(folder / "unet/config.json")
+        takes_class = any(unet.get(key) is not None for key in ("num_class_embeds", "class_embed_type"))
+        self.diffusion_model = OnnxUNet(pipeline, takes_class)
+
+    def extra_conds(self, **kwargs):
+        conds = super().extra_conds(**kwargs)
+        prompt, states = kwargs.get(PROMPT), kwargs.get("cross_attn")
+        # Another node may have put something else in the place of the prompt's encoding.
+        if prompt is not None and states is not None and states.shape[1:] == prompt.context.shape[1:]:
+            conds[PROMPTS] = PromptCond([prompt])
+        return conds
 
     def memory_required(self, input_shape, cond_shapes={}):
-        memory = self.diffusion_model.pipeline.memory
-        return memory.arena_peak or 0
+        """What ONNX Runtime's arenas took for the largest run so far, or more for a larger one; ComfyUI's guess before the
+        first."""
+        unet = self.diffusion_model
+        known = unet.pipeline.memory.arena_peak if unet.largest else None
+        if known is None:
+            return super().memory_required(input_shape, cond_shapes)
+        return known * max(1.0, input_shape[0] * math.prod(input_shape[2:]) / unet.largest)
+
+
+def read_json(path):
+    """The fields of a file; none if it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def latent_format(folder, channels):
+    """How ComfyUI's latents are scaled for the model."""
+    if channels == 3:
+        return PixelSpace()
+    if channels != 4 or (folder / "text_encoder_2").is_dir():
+        raise ValueError(f"{folder.name} is no model in pixel space, nor SD1.x or SD2.x: no other kind can be loaded yet")
+    scale = read_json(folder / "vae_decoder/config.json").get("scaling_factor")
+    return comfy.latent_formats.SD15(scale) if scale else comfy.latent_formats.SD15()
+
+
+def model_type(scheduler):
+    """What a model predicts, as ComfyUI calls it."""
+    kind = scheduler.get("prediction_type", "epsilon")
+    kinds = {
+        "epsilon": comfy.model_base.ModelType.EPS,
+        "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
+    }
+    if kind not in kinds:
+        raise ValueError(f"the model predicts {kind}; known are {', '.join(kinds)}")
+    return kinds[kind]
 
 
 def folders():
@@ -42,21 +101,8 @@ def folders():
     for root in folder_paths.get_folder_paths("macula"):
         for name in sorted(os.listdir(root)) if os.path.isdir(root) else []:
             if os.path.isfile(os.path.join(root, name, "model_index.json")):
-                found.setdefault(name, os.path.join(root, name))
+                found.setdefault(name, Path(root, name))
     return found
-
-
-def prediction(path):
-    """What a model folder's UNet predicts, as ComfyUI calls it."""
-    with open(os.path.join(path, "scheduler/scheduler_config.json"), encoding="utf-8") as file:
-        kind = json.load(file).get("prediction_type", "epsilon")
-    kinds = {
-        "epsilon": comfy.model_base.ModelType.EPS,
-        "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
-    }
-    if kind not in kinds:
-        raise ValueError(f"{path} predicts {kind}; known are {', '.join(kinds)}")
-    return kinds[kind]
 
 
 class LoadMaculaUNet:
@@ -74,11 +120,8 @@ class LoadMaculaUNet:
         path = folders().get(folder)
         if path is None:
             raise FileNotFoundError(f"models/macula has no folder {folder} with a model_index.json")
-        model_type = prediction(path)
         pipeline = macula.Pipeline(path, provider=provider)
-        if pipeline.latent_shape[0] != 4 or os.path.isdir(os.path.join(path, "text_encoder_2")):
-            raise ValueError(f"{folder} is no SD1.x or SD2.x model: no other kind can be loaded yet")
-        model = MaculaModel(pipeline, model_type)
+        model = MaculaModel(path, pipeline)
         cpu = torch.device("cpu")
         size = pipeline.memory.weights or 0
         return (comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu, size=size),)
@@ -90,10 +133,34 @@ def onnx_unet(model):
     return unet if isinstance(unet, OnnxUNet) else None
 
 
+def pipeline_of(model, what):
+    """The pipeline of a MODEL of Load Macula UNet, without which there is no `what`."""
+    unet = onnx_unet(model)
+    if unet is None:
+        raise ValueError(f"{what} needs a MODEL of Load Macula UNet (ONNX)")
+    return unet.pipeline
+
+
+class EncodePrompt:
+    """Encodes a prompt with the text encoder of a model folder. Concepts then know where their words stand in it."""
+
+    CATEGORY, FUNCTION = CATEGORY, "encode"
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "text": ("STRING", {"multiline": True, "dynamicPrompts": True})}}
+
+    def encode(self, model, text):
+        with interruptible() as cancel:
+            prompt = pipeline_of(model, "a prompt's encoding").encode_prompt(text, cancel)
+        return ([[torch.from_numpy(prompt.context.copy()), {PROMPT: prompt}]],)
+
+
 class ApplyConcept:
     """Gives a MODEL what is composed and ablated: one of Macula's, or ComfyUI's own SD1.x or SDXL.
 
-    It acts on every token. Other MODELs keep what they have, and the base weights come back bit for bit.
+    Other MODELs keep what they have, and the base weights come back bit for bit.
     """
 
     CATEGORY, FUNCTION = CATEGORY, "apply"
@@ -116,49 +183,3 @@ class ApplyConcept:
             if refused:
                 raise ValueError(f"the model has no weight {sorted(refused)[0]} ({len(refused)} are missing)")
         return (applied,)
-
-
-class FindConceptNeurons:
-    """Finds the neurons of a subject from a few pictures of it. Interrupt stops it at once."""
-
-    CATEGORY, FUNCTION = CATEGORY, "find"
-    RETURN_TYPES, RETURN_NAMES = ("MACULA_CONCEPT",), ("concept",)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "pictures": ("IMAGE",),
-                "trigger": ("STRING", {"default": "<s1>"}),
-                "class_noun": ("STRING", {"default": "dog"}),
-                "density": ("FLOAT", {"default": 0.01, "min": 0.0001, "max": 1.0, "step": 0.0001, "round": 0.0001}),
-                "batches": ("INT", {"default": 60, "min": 13, "max": 10000}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
-            },
-            "optional": {"tune_steps": ("INT", {"default": 0, "min": 0, "max": 10000})},
-            "hidden": {"unique_id": "UNIQUE_ID"},
-        }
-
-    def find(self, model, pictures, trigger, class_noun, density, batches, seed, tune_steps=0, unique_id=None):
-        unet = onnx_unet(model)
-        if unet is None:
-            raise ValueError("concept neurons are found on a model of Load Macula UNet (ONNX)")
-        bar = comfy.utils.ProgressBar(batches + tune_steps, node_id=unique_id)
-
-        def progress(now):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            behind = batches if now.stage == "tune" else 0
-            bar.update_absolute(behind + now.done, batches + tune_steps)
-
-        concept = unet.pipeline.discover(
-            to_bytes(pictures), trigger, class_noun, density=density, batches=batches, seed=seed,
-            tune_steps=tune_steps, progress=progress,
-        )
-        return (concept,)
-
-
-def to_bytes(pictures):
-    """An IMAGE `[B, H, W, 3]` of 0 to 1 as arrays of bytes."""
-    pixels = pictures.detach().to("cpu", torch.float32).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
-    return [np.ascontiguousarray(one[..., :3]) for one in pixels]
