@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from ctypes import addressof, byref, c_int32
 from queue import SimpleQueue
@@ -38,13 +39,15 @@ class CancelToken(Closable):
 
 
 class Progress:
-    """How far a job is: `done` of `total` steps of `stage`. The arrays are copies, to be had during the call only."""
+    """How far a job is: `done` of `total` steps of `stage`, and of a search the running `loss`. The arrays are copies, to
+    be had during the call only."""
 
     def __init__(self, told: macula_progress):
         self._told: macula_progress | None = told
         self.stage: str = told.stage.decode()
         self.done: int = told.done
         self.total: int = told.total
+        self.loss: float | None = None if math.isnan(told.loss) else told.loss
 
     def __repr__(self) -> str:
         return f"{self.stage} {self.done} of {self.total}"
@@ -88,6 +91,8 @@ class Bar:
         if progress.stage != self._stage:
             self.close()
             self._stage, self._bar = progress.stage, self._tqdm(total=progress.total, desc=progress.stage)
+        if progress.loss is not None:
+            self._bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
     def close(self) -> None:

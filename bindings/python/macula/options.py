@@ -73,6 +73,8 @@ class DiscoverOptions(TypedDict, total=False):
     searched: _abi.Searched | str
     save_memory: bool
     class_label: int
+    checkpoint: str | os.PathLike
+    preserve_weight: float
     tune_steps: int
     tune_rate: float
     values: _abi.Values | str

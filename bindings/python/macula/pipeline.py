@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ctypes import POINTER, byref, c_char_p, c_uint32, pointer
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable
 import numpy as np
 
 from ._abi import (
-    Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
+    Role, Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
     macula_layer_info, macula_memory_info, macula_pipeline_info, macula_pipeline_options, macula_session_options, macula_term,
 )
 from ._library import Closable, Handle, check, info, lent_array, library, receive, tensor, text
@@ -206,6 +206,7 @@ class Pipeline(Closable):
         *,
         prompts: Sequence[str] | None = None,
         class_pictures: Sequence[np.ndarray | str | os.PathLike] = (),
+        preserve: Sequence[str] = (),
         size: tuple[int, int] | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
         cancel: CancelToken | None = None,
@@ -217,6 +218,8 @@ class Pipeline(Closable):
         - `trigger`: a single token of the tokenizer that stands for nothing yet; `class_noun`: what the subject is.
         - `prompts`: what each picture shows, with the trigger in it.
         - `class_pictures`: what must go on being drawn alike in global scope; without them the model draws its own.
+        - `preserve`: texts for which predictions are to stay as they are.
+        - `progress`, `cancel`: as for `draw`. With a `checkpoint`, the same search goes on where it was stopped.
         """
         wanted = macula_discover_options.new()
         fill(wanted, options, DiscoverOptions)
@@ -234,7 +237,45 @@ class Pipeline(Closable):
         if prompts is not None:
             if len(prompts) != len(views):
                 raise ValueError(f"{len(prompts)} prompts for {len(views)} pictures")
-            wanted.prompts = (c_char_p * len(prompts))(*map(text, prompts))
+            wanted.prompts, wanted.prompt_count = _texts(prompts), len(prompts)
+        return self._discovered(wanted, preserve, progress, cancel)
+
+    def discover_erasing(
+        self,
+        word: str,
+        anchors: Mapping[str, str],
+        *,
+        preserve: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[DiscoverOptions],
+    ) -> Concept:
+        """Finds the neurons that carry a word, for `ablate`; see `DiscoverOptions`.
+
+        - `word`: the word to forget, or words in a row.
+        - `anchors`: prompts with the word, and what each is to mean afterwards:
+          `{"a tiger on the grass": "an animal on the grass"}`.
+        - `preserve`: texts for which predictions are to stay as they are.
+        - `size`: width and height of the pictures that the model draws to learn from.
+        - `progress`, `cancel`: as for `draw`. With a `checkpoint`, the same search goes on where it was stopped.
+        """
+        wanted = macula_discover_options.new()
+        fill(wanted, options, DiscoverOptions)
+        wanted.role, wanted.trigger = Role.ERASE, text(word)
+        wanted.prompts, wanted.anchors = _texts(anchors.keys()), _texts(anchors.values())
+        wanted.prompt_count = len(anchors)
+        wanted.width, wanted.height = size or (0, 0)
+        return self._discovered(wanted, preserve, progress, cancel)
+
+    def _discovered(
+        self,
+        wanted: macula_discover_options,
+        preserve: Sequence[str],
+        progress: Callable[[Progress], object] | bool | None,
+        cancel: CancelToken | None,
+    ) -> Concept:
+        wanted.preserve, wanted.preserve_count = _texts(preserve), len(preserve)
         call = _receiving(library.macula_discover, self.pointer, byref(wanted))
         return Concept(run(call, wanted, progress, cancel))
 
@@ -295,6 +336,10 @@ def _numbers(array: Any, dtype: type = np.float32) -> Any:
 
 def _receiving(function: Any, *arguments: Any) -> Callable[[], int]:
     return lambda: receive(function, *arguments)
+
+
+def _texts(texts: Collection[str]) -> Any:
+    return (c_char_p * len(texts))(*map(text, texts))
 
 
 def _terms(terms: Sequence[Concept | Term]) -> Any:
