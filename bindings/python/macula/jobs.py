@@ -110,10 +110,10 @@ def run(
     one answers Ctrl-C at once; `progress` is called on this one. Whatever is raised here stops the call first.
     """
     bar = Bar() if progress is True else None
-    listener = bar or progress or None
+    listener: Callable[[Progress], object] | None = progress if callable(progress) else bar
     token = cancel or CancelToken()
     options.cancel = token.pointer
-    asked: SimpleQueue = SimpleQueue()
+    asked: SimpleQueue[tuple[Progress, threading.Event] | None] = SimpleQueue()
     stopping = threading.Event()
 
     def tell(_: int, told: Any) -> int:
@@ -142,7 +142,8 @@ def run(
         while (question := asked.get()) is not None:
             told, answered = question
             try:
-                listener(told)
+                if listener:
+                    listener(told)
             finally:
                 told._told = None
             answered.set()

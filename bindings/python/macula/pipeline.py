@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from ctypes import POINTER, byref, c_char_p, c_uint32, pointer
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ._abi import (
     Role, Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
     macula_layer_info, macula_memory_info, macula_pipeline_info, macula_pipeline_options, macula_session_options, macula_term,
 )
-from ._library import Closable, Handle, check, info, lent_array, library, receive, tensor, text
+from ._library import Closable, Handle, StrPath, check, info, lent_array, library, receive, tensor, text
 from .concepts import Concept, Layer
 from .images import Images, read_image, view
 from .jobs import CancelToken, Progress, run
@@ -84,7 +83,7 @@ class Pipeline(Closable):
     """An opened text-to-image model. It does one job at a time; a second one, from another thread, raises `BUSY`."""
 
     def __init__(
-        self, folder: str | os.PathLike, runtime: Runtime | None = None, **session: Unpack[SessionOptions]
+        self, folder: StrPath, runtime: Runtime | None = None, **session: Unpack[SessionOptions]
     ):
         """Opens a folder in the diffusers ONNX layout; see `SessionOptions` for how it is run."""
         run_by = macula_session_options.new()
@@ -200,12 +199,12 @@ class Pipeline(Closable):
 
     def discover(
         self,
-        pictures: Sequence[np.ndarray | str | os.PathLike],
+        pictures: Sequence[np.ndarray | StrPath],
         trigger: str,
         class_noun: str,
         *,
         prompts: Sequence[str] | None = None,
-        class_pictures: Sequence[np.ndarray | str | os.PathLike] = (),
+        class_pictures: Sequence[np.ndarray | StrPath] = (),
         preserve: Sequence[str] = (),
         size: tuple[int, int] | None = None,
         progress: Callable[[Progress], object] | bool | None = None,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from ctypes import byref, c_double
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._abi import macula_choose_options, macula_component_info, macula_image, macula_schedule_info
-from ._library import Handle, check, info, library, receive, text
+from ._library import Handle, StrPath, check, info, library, receive, text
 from .images import view
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ class Schedule(Handle):
         self._info = info(macula_schedule_info, library.macula_schedule_get_info, pointer)
 
     @classmethod
-    def from_json(cls, fields: str | dict) -> Schedule:
+    def from_json(cls, fields: str | dict[str, Any]) -> Schedule:
         """Reads a schedule, given as text or as its fields; `macula_schedule_from_json` has their names and ranges."""
         words = fields if isinstance(fields, str) else json.dumps(fields)
         return cls(receive(library.macula_schedule_from_json, text(words)))
@@ -41,7 +40,7 @@ class Schedule(Handle):
         drop_error: float = 1e-3,
         attenuation: tuple[float, float] = (0.1, 2.0),
         stage_costs: Sequence[float] | None = None,
-        plot: str | os.PathLike | None = None,
+        plot: StrPath | None = None,
     ) -> tuple[Schedule, float]:
         """The earliest turning points within a budget, and the cost of a walk over all times as a share of the plain one's.
 
@@ -66,7 +65,7 @@ class Schedule(Handle):
         return cls(chosen), cost.value
 
     @property
-    def fields(self) -> dict:
+    def fields(self) -> dict[str, Any]:
         """What `from_json` reads as this schedule."""
         return json.loads(self._info.json)
 
