@@ -1,5 +1,5 @@
-//! The Python package: its wheel in an empty environment, its signatures held against the C compiler, its type hints,
-//! and its life beside the `onnxruntime` package, of the same version, an older and a newer one.
+//! The Python package: its wheel in an empty environment, its signatures held against the C compiler, its type hints, a
+//! catalogue found with Ray, and its life beside the `onnxruntime` package, of the same version, an older and a newer one.
 #![allow(clippy::unwrap_used)]
 
 #[path = "support/c.rs"]
@@ -181,6 +181,17 @@ fn its_type_hints_hold() {
     mypy("bindings/python", &["macula"]);
     // From here it is the installed package that a host imports.
     mypy("tests/python", &["--strict", "typed_host.py"]);
+}
+
+#[test]
+fn a_catalogue_is_found_by_ray() {
+    let environment = FOLDER.join("ray");
+    let interpreter = environment.join("bin/python");
+    c::succeed(tool("uv").args(["venv", "--quiet", "--python"]).arg(support::interpreter()).arg(&environment));
+    let wheel = wheel(&FOLDER, "progress,ray");
+    install_packages(&[&["--python", text(&interpreter), &*wheel], &PINS[..]].concat());
+    let folder = tempfile::tempdir().unwrap();
+    c::succeed(python(&interpreter, "catalogue.py").arg(root()).arg(folder.path()));
 }
 
 #[test]

@@ -75,15 +75,20 @@ def picture(owner: object, view: macula_image) -> np.ndarray:
     return np.asarray(Lent(owner, addressof(view.rgb.contents), (view.height, view.width, 3), "|u1"))
 
 
+def tqdm_bar() -> Any:
+    """The class of tqdm's bars."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as reason:
+        raise ImportError("progress=True needs tqdm: pip install macula[progress]") from reason
+    return tqdm
+
+
 class Bar:
     """Shows a job by tqdm, one bar a stage."""
 
     def __init__(self) -> None:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as reason:
-            raise ImportError("progress=True needs tqdm: pip install macula[progress]") from reason
-        self._tqdm = tqdm
+        self._tqdm = tqdm_bar()
         self._stage: str | None = None
         self._bar: Any = None
 
