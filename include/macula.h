@@ -2391,241 +2391,6 @@ macula_status macula_pipeline_draw(macula_pipeline *pipeline,
 
 
 /* ==============================================================================================================
- * Discovery
- *
- * Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
- * (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead. Search and
- * tuning differentiate the UNet's graph and run the gradient as one more model; the model's own weights are never written.
- * ============================================================================================================== */
-
-/**
- * Which weights are searched: one of `MACULA_SEARCHED_*`.
- */
-typedef int32_t macula_searched;
-
-/**
- * How neurons are searched for: one of `MACULA_METHOD_*`.
- */
-typedef int32_t macula_method;
-
-/**
- * What is to be found, and how.
- */
-typedef struct {
-  /**
-   * `sizeof` this struct.
-   */
-  size_t struct_size;
-  /**
-   * Implanting: pictures of the subject, all of one size that the model draws, `picture_count` of them; not NULL. A
-   * file is read by `macula_images_read`. Erasing: NULL, the model draws its own. Default: `NULL`.
-   */
-  const macula_image *pictures;
-  /**
-   * How many pictures, at least 1 to implant; 3 to 6 are usual. Default: `0`.
-   */
-  size_t picture_count;
-  /**
-   * Implanting in global scope: pictures of the class, of the same size, which must go on being drawn alike (prior
-   * preservation); `class_picture_count` of them. May be NULL: the model draws `drawn_pictures`. Default: `NULL`.
-   */
-  const macula_image *class_pictures;
-  /**
-   * How many pictures of the class. Default: `0`.
-   */
-  size_t class_picture_count;
-  /**
-   * Implanting: the subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet.
-   * Erasing: the word to forget, or words in a row. Not NULL. Default: `NULL`.
-   */
-  const char *trigger;
-  /**
-   * Implanting: what the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Erasing: NULL.
-   * Default: `NULL`.
-   */
-  const char *class_noun;
-  /**
-   * `prompt_count` texts, each with the trigger. Implanting: what each picture shows; may be NULL: `"a TRIGGER NOUN"`
-   * for all. Erasing: what the model draws to learn from, e.g. `"a tiger on the grass"`; not NULL. Default: `NULL`.
-   */
-  const char *const *prompts;
-  /**
-   * Erasing: what each prompt is to mean afterwards, e.g. `"an animal on the grass"`; `prompt_count` texts, not NULL.
-   * Implanting: NULL. Default: `NULL`.
-   */
-  const char *const *anchors;
-  /**
-   * How many prompts; to implant, `picture_count`, or 0 with NULL. Default: `0`.
-   */
-  size_t prompt_count;
-  /**
-   * Texts for which predictions are to stay as they are, `preserve_count` of them, on pictures that the model draws of
-   * them. May be NULL. In local scope only texts with the trigger can change; others are left out. Default: `NULL`.
-   */
-  const char *const *preserve;
-  /**
-   * How many texts to preserve. Default: `0`.
-   */
-  size_t preserve_count;
-  /**
-   * A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
-   * search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. A
-   * safetensors file: its tensors `losses` and, with tuning, `tuned.losses` are the loss of each batch, 64-bit floating
-   * point. May be NULL. Default: `NULL`.
-   */
-  const char *checkpoint;
-  /**
-   * Stops the search from another thread. May be NULL. Default: `NULL`.
-   */
-  const macula_cancel_token *cancel;
-  /**
-   * Is told of each batch. May be NULL. Default: `NULL`.
-   */
-  macula_progress_fn progress;
-  /**
-   * Given to `progress` as it is. May be NULL. Default: `NULL`.
-   */
-  void *progress_userdata;
-  /**
-   * Share of the searched weights that may be shut, above 0, up to 1. Default: `0.01`.
-   */
-  double density;
-  /**
-   * Share of the preserved texts in the loss, above 0. Default: `1.0`.
-   */
-  double preserve_weight;
-  /**
-   * Step size of tuning in standard deviations of a projection's weights, above 0. Default: `0.1`.
-   */
-  double tune_rate;
-  /**
-   * The same seed gives the same neurons on any number of threads. Default: `0`.
-   */
-  uint64_t seed;
-  /**
-   * Batches of the search, at least 1; at least 13 for a learnt mask. Default: `60`.
-   */
-  uint32_t batches;
-  /**
-   * Noisy pictures in a batch, at least 1. Default: `8`.
-   */
-  uint32_t batch;
-  /**
-   * Noisy pictures that are run at a time: memory grows with it. Must divide `batch`; 0 for the whole batch.
-   * Default: `0`.
-   */
-  uint32_t lot;
-  /**
-   * Pictures that the model draws itself for each part of the loss that needs them: what is erased, what is preserved,
-   * and to implant in global scope the class, which must go on being drawn alike (0 for none). Default: `12`.
-   */
-  uint32_t drawn_pictures;
-  /**
-   * Erasing: columns of the drawn pictures, 0 for the model's own. Implanting: not read. Default: `0`.
-   */
-  uint32_t width;
-  /**
-   * Erasing: rows, likewise. Default: `0`.
-   */
-  uint32_t height;
-  /**
-   * What shutting the neurons is to do, `MACULA_ROLE_*`. Default: `MACULA_ROLE_IMPLANT`.
-   */
-  macula_role role;
-  /**
-   * Which weights are searched. Default: `MACULA_SEARCHED_KEYS_AND_VALUES`.
-   */
-  macula_searched searched;
-  /**
-   * Where the neurons are to act; `MACULA_SCOPE_DEFAULT` is local. Default: `MACULA_SCOPE_DEFAULT`.
-   */
-  macula_scope scope;
-  /**
-   * How they are searched for. Default: `MACULA_METHOD_DEFAULT`.
-   */
-  macula_method method;
-  /**
-   * 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
-   */
-  int32_t save_memory;
-  /**
-   * Class for a UNet that takes one. Default: `0`.
-   */
-  int32_t class_label;
-  /**
-   * Steps of tuning after the search, a batch each: instead of being shut, the found weights get values that lower the
-   * loss further. 200 draw a subject much more like itself, for about thrice the time and twice the bytes. 0: they are
-   * shut, as in Cones. Default: `0`.
-   */
-  uint32_t tune_steps;
-  /**
-   * How tuned values are kept; not read without tuning. Default: `MACULA_VALUES_FLOAT16`.
-   */
-  macula_values values;
-} macula_discover_options;
-
-/**
- * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
- */
-#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16 }
-
-/**
- * The one that lowers the held-out loss most for its bytes: at present the learnt mask.
- */
-#define MACULA_METHOD_DEFAULT 0
-
-/**
- * The mean first-order saliency, one cut (Algorithm 1 of Cones with rho = 0). Good at densities of 0.2 % and below.
- */
-#define MACULA_METHOD_SALIENCY 1
-
-/**
- * Stages of growing size, scored anew between them.
- */
-#define MACULA_METHOD_GRADUAL 2
-
-/**
- * A mask learnt by gradient descent, of at most the given density.
- */
-#define MACULA_METHOD_LEARNT_MASK 3
-
-/**
- * Those that make the keys and those that make the values.
- */
-#define MACULA_SEARCHED_KEYS_AND_VALUES 0
-
-/**
- * Those of the keys alone: where a word draws the picture's queries to.
- */
-#define MACULA_SEARCHED_KEYS 1
-
-/**
- * Those of the values alone: what a word puts there.
- */
-#define MACULA_SEARCHED_VALUES 2
-
-
-/**
- * Finds the neurons of a subject, or of a word to forget.
- *
- * - `pipeline`: a live pipeline; not NULL. The UNet's file is read again. What is composed and ablated does not act
- *   during the search, and is as before after it.
- * - `options`: what is to be found; not NULL, because pictures and words have no default.
- * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
- *
- * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
- * the trigger, a missing anchor, a number outside its range, a checkpoint of another search; `INVALID_FILE` for a damaged
- * checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there; `WRONG_BASE` if the file changed since the
- * pipeline was opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node; `NOT_FINITE` naming
- * the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which leaves the last one.
- * After any of them the pipeline draws as before. Any thread; blocks until it is done.
- */
-macula_status macula_discover(macula_pipeline *pipeline,
-                              const macula_discover_options *options,
-                              macula_concept **out_concept);
-
-
-/* ==============================================================================================================
  * Encoding prompts and single denoising steps
  *
  * For hosts with a sampler of their own: encode prompts once, then ask for one prediction at a time. The pipeline's
@@ -2780,6 +2545,265 @@ macula_status macula_embedding_free(macula_embedding *embedding);
 macula_status macula_pipeline_denoise(macula_pipeline *pipeline,
                                       const macula_denoise_inputs *inputs,
                                       const macula_tensor *out_prediction);
+
+
+/* ==============================================================================================================
+ * Discovery
+ *
+ * Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
+ * (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead. Search and
+ * tuning differentiate the UNet's graph and run the gradient as one more model; the model's own weights are never written.
+ * ============================================================================================================== */
+
+/**
+ * Which weights are searched: one of `MACULA_SEARCHED_*`.
+ */
+typedef int32_t macula_searched;
+
+/**
+ * How neurons are searched for: one of `MACULA_METHOD_*`.
+ */
+typedef int32_t macula_method;
+
+/**
+ * What is to be found, and how.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * Implanting: pictures of the subject, all of one size that the model draws, `picture_count` of them; not NULL. A
+   * file is read by `macula_images_read`. Erasing: NULL, the model draws its own. NULL beside `latents`. Default: `NULL`.
+   */
+  const macula_image *pictures;
+  /**
+   * How many pictures, at least 1 to implant; 3 to 6 are usual. Default: `0`.
+   */
+  size_t picture_count;
+  /**
+   * Implanting in global scope: pictures of the class, of the same size, which must go on being drawn alike (prior
+   * preservation); `class_picture_count` of them. May be NULL: the model draws `drawn_pictures`. Default: `NULL`.
+   */
+  const macula_image *class_pictures;
+  /**
+   * How many pictures of the class. Default: `0`.
+   */
+  size_t class_picture_count;
+  /**
+   * Implanting: the subject's word in prompts, a single token of the model's tokenizer that stands for nothing yet.
+   * Erasing: the word to forget, or words in a row. Not NULL. Default: `NULL`.
+   */
+  const char *trigger;
+  /**
+   * Implanting: what the subject is, in words that the model knows, e.g. `"dog"`; not NULL. Erasing: NULL.
+   * Default: `NULL`.
+   */
+  const char *class_noun;
+  /**
+   * `prompt_count` texts, each with the trigger. Implanting: what each picture shows; may be NULL: `"a TRIGGER NOUN"`
+   * for all. Erasing: what the model draws to learn from, e.g. `"a tiger on the grass"`; not NULL. Default: `NULL`.
+   */
+  const char *const *prompts;
+  /**
+   * Erasing: what each prompt is to mean afterwards, e.g. `"an animal on the grass"`; `prompt_count` texts, not NULL.
+   * Implanting: NULL. Default: `NULL`.
+   */
+  const char *const *anchors;
+  /**
+   * How many prompts; to implant, `picture_count`, or 0 with NULL. Default: `0`.
+   */
+  size_t prompt_count;
+  /**
+   * Texts for which predictions are to stay as they are, `preserve_count` of them, on pictures that the model draws of
+   * them. May be NULL. In local scope only texts with the trigger can change; others are left out. Default: `NULL`.
+   */
+  const char *const *preserve;
+  /**
+   * How many texts to preserve. Default: `0`.
+   */
+  size_t preserve_count;
+  /**
+   * A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
+   * search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. A
+   * safetensors file: its tensors `losses` and, with tuning, `tuned.losses` are the loss of each batch, 64-bit floating
+   * point. May be NULL. Default: `NULL`.
+   */
+  const char *checkpoint;
+  /**
+   * Stops the search from another thread. May be NULL. Default: `NULL`.
+   */
+  const macula_cancel_token *cancel;
+  /**
+   * Is told of each batch. May be NULL. Default: `NULL`.
+   */
+  macula_progress_fn progress;
+  /**
+   * Given to `progress` as it is. May be NULL. Default: `NULL`.
+   */
+  void *progress_userdata;
+  /**
+   * Share of the searched weights that may be shut, above 0, up to 1. Default: `0.01`.
+   */
+  double density;
+  /**
+   * Share of the preserved texts in the loss, above 0. Default: `1.0`.
+   */
+  double preserve_weight;
+  /**
+   * Step size of tuning in standard deviations of a projection's weights, above 0. Default: `0.1`.
+   */
+  double tune_rate;
+  /**
+   * The same seed gives the same neurons on any number of threads. Default: `0`.
+   */
+  uint64_t seed;
+  /**
+   * Batches of the search, at least 1; at least 13 for a learnt mask. Default: `60`.
+   */
+  uint32_t batches;
+  /**
+   * Noisy pictures in a batch, at least 1. Default: `8`.
+   */
+  uint32_t batch;
+  /**
+   * Noisy pictures that are run at a time: memory grows with it. Must divide `batch`; 0 for the whole batch.
+   * Default: `0`.
+   */
+  uint32_t lot;
+  /**
+   * Pictures that the model draws itself for each part of the loss that needs them: what is erased, what is preserved,
+   * and to implant in global scope the class, which must go on being drawn alike (0 for none). Default: `12`.
+   */
+  uint32_t drawn_pictures;
+  /**
+   * Erasing: columns of the drawn pictures, 0 for the model's own. Implanting: not read. Default: `0`.
+   */
+  uint32_t width;
+  /**
+   * Erasing: rows, likewise. Default: `0`.
+   */
+  uint32_t height;
+  /**
+   * What shutting the neurons is to do, `MACULA_ROLE_*`. Default: `MACULA_ROLE_IMPLANT`.
+   */
+  macula_role role;
+  /**
+   * Which weights are searched. Default: `MACULA_SEARCHED_KEYS_AND_VALUES`.
+   */
+  macula_searched searched;
+  /**
+   * Where the neurons are to act; `MACULA_SCOPE_DEFAULT` is local. Default: `MACULA_SCOPE_DEFAULT`.
+   */
+  macula_scope scope;
+  /**
+   * How they are searched for. Default: `MACULA_METHOD_DEFAULT`.
+   */
+  macula_method method;
+  /**
+   * 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
+   */
+  int32_t save_memory;
+  /**
+   * Class for a UNet that takes one. Default: `0`.
+   */
+  int32_t class_label;
+  /**
+   * Steps of tuning after the search, a batch each: instead of being shut, the found weights get values that lower the
+   * loss further. 200 draw a subject much more like itself, for about thrice the time and twice the bytes. 0: they are
+   * shut, as in Cones. Default: `0`.
+   */
+  uint32_t tune_steps;
+  /**
+   * How tuned values are kept; not read without tuning. Default: `MACULA_VALUES_FLOAT16`.
+   */
+  macula_values values;
+  /**
+   * Implanting, for a host that encodes for itself: clean latents `[count, channels, h, w]` of the subject in place of
+   * `pictures`, 32-bit floating point, scaled as the UNet sees them, at least 1. May be NULL. Default: `NULL`.
+   */
+  const macula_tensor *latents;
+  /**
+   * With `latents`, in place of `prompts`: encodings `[count, rows, features]` of texts with the trigger, one for each,
+   * or `[1, rows, features]` for all; NULL without. Default: `NULL`.
+   */
+  const macula_tensor *context;
+  /**
+   * With `latents`: the encoding that `context` is, if this library made it; tells where the subject's words stand. May
+   * be NULL: then `scope` must be global, and the trigger may be any word. Default: `NULL`.
+   */
+  const macula_embedding *embedding;
+  /**
+   * With `latents`, in global scope: latents of the class, which must go on being drawn alike. May be NULL: nothing is
+   * asked of the class, and none are drawn. Default: `NULL`.
+   */
+  const macula_tensor *class_latents;
+  /**
+   * Encodings of texts of the class, as `context`; NULL without `class_latents`. Default: `NULL`.
+   */
+  const macula_tensor *class_context;
+} macula_discover_options;
+
+/**
+ * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
+ */
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL }
+
+/**
+ * The one that lowers the held-out loss most for its bytes: at present the learnt mask.
+ */
+#define MACULA_METHOD_DEFAULT 0
+
+/**
+ * The mean first-order saliency, one cut (Algorithm 1 of Cones with rho = 0). Good at densities of 0.2 % and below.
+ */
+#define MACULA_METHOD_SALIENCY 1
+
+/**
+ * Stages of growing size, scored anew between them.
+ */
+#define MACULA_METHOD_GRADUAL 2
+
+/**
+ * A mask learnt by gradient descent, of at most the given density.
+ */
+#define MACULA_METHOD_LEARNT_MASK 3
+
+/**
+ * Those that make the keys and those that make the values.
+ */
+#define MACULA_SEARCHED_KEYS_AND_VALUES 0
+
+/**
+ * Those of the keys alone: where a word draws the picture's queries to.
+ */
+#define MACULA_SEARCHED_KEYS 1
+
+/**
+ * Those of the values alone: what a word puts there.
+ */
+#define MACULA_SEARCHED_VALUES 2
+
+
+/**
+ * Finds the neurons of a subject, or of a word to forget.
+ *
+ * - `pipeline`: a live pipeline; not NULL. The UNet's file is read again. What is composed and ablated does not act
+ *   during the search, and is as before after it.
+ * - `options`: what is to be found; not NULL, because pictures and words have no default.
+ * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
+ * the trigger, a missing anchor, a number outside its range, a checkpoint of another search; `INVALID_FILE` for a damaged
+ * checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there; `WRONG_BASE` if the file changed since the
+ * pipeline was opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node; `NOT_FINITE` naming
+ * the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which leaves the last one.
+ * After any of them the pipeline draws as before. Any thread; blocks until it is done.
+ */
+macula_status macula_discover(macula_pipeline *pipeline,
+                              const macula_discover_options *options,
+                              macula_concept **out_concept);
 
 
 /* ==============================================================================================================

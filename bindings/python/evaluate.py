@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from ctypes import byref, pointer
+from ctypes import byref
 from pathlib import Path
 from statistics import median
 
@@ -18,7 +18,7 @@ import numpy as np
 
 import macula
 from macula._abi import macula_denoise_inputs
-from macula._library import check, library, tensor
+from macula._library import check, library, numbers, tensor
 
 MODEL = Path(__file__).resolve().parents[2] / "models/emoji/onnx"
 # A small state, so that little of the call is noise of the work itself.
@@ -35,8 +35,8 @@ def overhead(pipeline, rounds=2000):
     sample = np.random.default_rng(5).standard_normal((1, pipeline.latent_shape[0], SIDE, SIDE), dtype=np.float32)
     labels, out = np.zeros(1, dtype=np.int64), np.empty_like(sample)
     inputs = macula_denoise_inputs.new()
-    inputs.sample, inputs.context = pointer(tensor(sample)), pointer(tensor(context))
-    inputs.class_labels, inputs.timestep = pointer(tensor(labels)), 500
+    inputs.sample, inputs.context = numbers(sample), numbers(context)
+    inputs.class_labels, inputs.timestep = numbers(labels, np.int64), 500
     made = tensor(out)
     native, arguments = library.macula_pipeline_denoise, (pipeline.pointer, byref(inputs), byref(made))
 

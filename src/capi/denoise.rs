@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 /// A prompt's encoding. It never changes, so any number of threads may read it.
 pub struct macula_embedding {
-    embedding: Arc<Embedding>,
+    pub(super) embedding: Arc<Embedding>,
 }
 object!(macula_embedding, 6);
 

@@ -14,16 +14,18 @@ use super::concept::{
     MACULA_ROLE_ERASE, MACULA_ROLE_IMPLANT, MACULA_VALUES_FLOAT16, macula_concept, macula_role, macula_scope,
     macula_values, precision, scope,
 };
+use super::denoise::macula_embedding;
 use super::draw::{Teller, macula_progress_fn};
 use super::guard::guard;
 use super::handle::Object;
 use super::image::macula_image;
 use super::pipeline::macula_pipeline;
 use super::status::macula_status;
+use super::tensor::macula_tensor;
 use crate::concept::Scope;
-use crate::diffusion::pipeline::Images;
+use crate::diffusion::pipeline::{Embedding, Images};
 use crate::discovery::search::Method;
-use crate::discovery::{Erasure, Goal, Request, Searched, Subject, TuneOptions};
+use crate::discovery::{Encoded, EncodedSubject, Erasure, Goal, Request, Searched, Subject, TuneOptions};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::progress::{CancelToken, Job, Progress};
@@ -62,7 +64,7 @@ pub struct macula_discover_options {
     /// `sizeof` this struct.
     pub struct_size: usize,
     /// Implanting: pictures of the subject, all of one size that the model draws, `picture_count` of them; not NULL. A
-    /// file is read by `macula_images_read`. Erasing: NULL, the model draws its own. Default: `NULL`.
+    /// file is read by `macula_images_read`. Erasing: NULL, the model draws its own. NULL beside `latents`. Default: `NULL`.
     pub pictures: *const macula_image,
     /// How many pictures, at least 1 to implant; 3 to 6 are usual. Default: `0`.
     pub picture_count: usize,
@@ -141,6 +143,20 @@ pub struct macula_discover_options {
     pub tune_steps: u32,
     /// How tuned values are kept; not read without tuning. Default: `MACULA_VALUES_FLOAT16`.
     pub values: macula_values,
+    /// Implanting, for a host that encodes for itself: clean latents `[count, channels, h, w]` of the subject in place of
+    /// `pictures`, 32-bit floating point, scaled as the UNet sees them, at least 1. May be NULL. Default: `NULL`.
+    pub latents: *const macula_tensor,
+    /// With `latents`, in place of `prompts`: encodings `[count, rows, features]` of texts with the trigger, one for each,
+    /// or `[1, rows, features]` for all; NULL without. Default: `NULL`.
+    pub context: *const macula_tensor,
+    /// With `latents`: the encoding that `context` is, if this library made it; tells where the subject's words stand. May
+    /// be NULL: then `scope` must be global, and the trigger may be any word. Default: `NULL`.
+    pub embedding: *const macula_embedding,
+    /// With `latents`, in global scope: latents of the class, which must go on being drawn alike. May be NULL: nothing is
+    /// asked of the class, and none are drawn. Default: `NULL`.
+    pub class_latents: *const macula_tensor,
+    /// Encodings of texts of the class, as `context`; NULL without `class_latents`. Default: `NULL`.
+    pub class_context: *const macula_tensor,
 }
 
 impl Default for macula_discover_options {
@@ -180,6 +196,11 @@ impl Default for macula_discover_options {
             class_label: 0,
             tune_steps: 0,
             values: MACULA_VALUES_FLOAT16,
+            latents: std::ptr::null(),
+            context: std::ptr::null(),
+            embedding: std::ptr::null(),
+            class_latents: std::ptr::null(),
+            class_context: std::ptr::null(),
         }
     }
 }
@@ -219,6 +240,10 @@ pub unsafe extern "C" fn macula_discover(
             true => CancelToken::new(),
             false => call.object(options.cancel, "options.cancel")?.token.clone(),
         };
+        let embedding = match options.embedding.is_null() {
+            true => None,
+            false => Some(call.object(options.embedding, "options.embedding")?),
+        };
         // SAFETY: valid as the header asks.
         let inputs = unsafe { Inputs::read(&options) }?;
         let work = &mut *pipeline.begin()?;
@@ -228,7 +253,8 @@ pub unsafe extern "C" fn macula_discover(
             Err(_) => ControlFlow::Continue(()),
         };
         let mut job = Job { cancel, report: Some(&mut report) };
-        let found = inputs.request(&options)?.find(&mut work.pipeline, &mut job);
+        let prompt = embedding.as_ref().map(|entry| &*entry.embedding);
+        let found = inputs.request(&options, prompt)?.find(&mut work.pipeline, &mut job);
         work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect())?;
         out_concept.set(macula_concept::table().insert(macula_concept::new(found?.0)));
         Ok(())
@@ -237,9 +263,11 @@ pub unsafe extern "C" fn macula_discover(
 
 /// What the options lead to, copied.
 struct Inputs {
-    /// To implant.
+    /// To implant, unless there are latents.
     pictures: Option<Images>,
     class_pictures: Option<Images>,
+    encoded: Option<EncodedInputs>,
+    encoded_class: Option<EncodedInputs>,
     trigger: String,
     class_noun: String,
     prompts: Vec<String>,
@@ -255,7 +283,29 @@ impl Inputs {
         // SAFETY: as promised by the caller.
         let texts = |pointer, count, name| unsafe { texts(pointer, count, name) };
         let implants = options.role == MACULA_ROLE_IMPLANT;
+        // SAFETY: as promised by the caller.
+        let encoded = unsafe { EncodedInputs::read(options.latents, options.context, "options.") }?;
+        // SAFETY: as promised by the caller.
+        let encoded_class =
+            unsafe { EncodedInputs::read(options.class_latents, options.class_context, "options.class_") }?;
+        if encoded.is_none() && (encoded_class.is_some() || !options.embedding.is_null()) {
+            return Err(Error::invalid_argument(
+                "options.class_latents and options.embedding must be NULL without options.latents",
+            ));
+        }
+        if encoded.is_some() {
+            let others = [
+                (!options.pictures.is_null(), "pictures"),
+                (!options.class_pictures.is_null(), "class_pictures"),
+                (!options.prompts.is_null(), "prompts"),
+                (!implants, "role to erase"),
+            ];
+            if let Some((_, other)) = others.iter().find(|(given, _)| *given) {
+                return Err(Error::invalid_argument(format!("options.latents can't be given beside {other}")));
+            }
+        }
         let pictures = match implants {
+            true if encoded.is_some() => None,
             // SAFETY: as promised by the caller.
             true => Some(unsafe { joined(options.pictures, options.picture_count, "options.picture") }?),
             false if options.pictures.is_null() && options.picture_count == 0 => None,
@@ -283,6 +333,8 @@ impl Inputs {
         Ok(Self {
             pictures,
             class_pictures,
+            encoded,
+            encoded_class,
             trigger: word(options.trigger, "options.trigger")?,
             class_noun: if implants { word(options.class_noun, "options.class_noun")? } else { String::new() },
             prompts: texts(options.prompts, options.prompt_count, "options.prompts")?,
@@ -292,8 +344,8 @@ impl Inputs {
         })
     }
 
-    fn request(&self, options: &macula_discover_options) -> Result<Request<'_>> {
-        let mut request = Request::new(self.goal(options)?);
+    fn request<'a>(&'a self, options: &macula_discover_options, prompt: Option<&'a Embedding>) -> Result<Request<'a>> {
+        let mut request = Request::new(self.goal(options, prompt)?);
         request.preserve.clone_from(&self.preserve);
         request.preserve_weight = options.preserve_weight as f32;
         request.checkpoint.clone_from(&self.checkpoint);
@@ -339,9 +391,18 @@ impl Inputs {
         Ok(request)
     }
 
-    fn goal(&self, options: &macula_discover_options) -> Result<Goal<'_>> {
+    fn goal<'a>(&'a self, options: &macula_discover_options, prompt: Option<&'a Embedding>) -> Result<Goal<'a>> {
         let (word, prompts) = (self.trigger.clone(), self.prompts.clone());
         let size = (options.height as usize, options.width as usize);
+        if let Some(encoded) = &self.encoded {
+            return Ok(Goal::ImplantEncoded(EncodedSubject {
+                examples: encoded.view(),
+                prompt,
+                class: self.encoded_class.as_ref().map(EncodedInputs::view),
+                trigger: word,
+                class_noun: self.class_noun.clone(),
+            }));
+        }
         match (options.role, &self.pictures) {
             (MACULA_ROLE_IMPLANT, Some(pictures)) => {
                 let class_noun = self.class_noun.clone();
@@ -357,6 +418,48 @@ impl Inputs {
             (other, _) => Err(Error::invalid_argument(format!("options.role is {other}, not a MACULA_ROLE_*"))),
         }
     }
+}
+
+/// Latents with encodings of texts, copied.
+struct EncodedInputs {
+    latents: Vec<f32>,
+    shape: [usize; 4],
+    context: Vec<f32>,
+    context_shape: [usize; 3],
+}
+
+impl EncodedInputs {
+    /// Both or none; `prefix` stands before the fields' names.
+    ///
+    /// # Safety
+    /// As [`Inputs::read`].
+    unsafe fn read(latents: *const macula_tensor, context: *const macula_tensor, prefix: &str) -> Result<Option<Self>> {
+        if latents.is_null() && context.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: as promised by the caller.
+        let (latents, shape) = unsafe { numbers(latents, &format!("{prefix}latents")) }?;
+        // SAFETY: as promised by the caller.
+        let (context, context_shape) = unsafe { numbers(context, &format!("{prefix}context")) }?;
+        Ok(Some(Self { latents, shape, context, context_shape }))
+    }
+
+    fn view(&self) -> Encoded<'_> {
+        Encoded { latents: &self.latents, shape: self.shape, context: &self.context, context_shape: self.context_shape }
+    }
+}
+
+/// Numbers and dimensions of a tensor, which must have `RANK` of them.
+///
+/// # Safety
+/// As [`Inputs::read`].
+unsafe fn numbers<const RANK: usize>(tensor: *const macula_tensor, name: &str) -> Result<(Vec<f32>, [usize; RANK])> {
+    // SAFETY: as promised by the caller.
+    let read = unsafe { reference(tensor, name)?.read(name) }?;
+    let shape: [usize; RANK] = read.shape().try_into().map_err(|_| {
+        Error::invalid_argument(format!("{name} has shape {:?}, must have {RANK} dimensions", read.shape()))
+    })?;
+    Ok((read.into_vec().map_err(|error| error.at(name))?, shape))
 }
 
 /// A list of pictures, the fields `{name}s` and `{name}_count`, as one block.

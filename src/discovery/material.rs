@@ -2,9 +2,10 @@
 
 use super::draw::{Examples, Objective};
 use super::job::Term;
-use super::request::{Erasure, Goal, Request, Subject};
+use super::request::{Encoded, EncodedSubject, Erasure, Goal, Request, Subject};
 use crate::concept::Scope;
 use crate::diffusion::pipeline::{DrawOptions, Embedding, Pipeline};
+use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result};
 use crate::progress::Job;
 
@@ -13,6 +14,7 @@ impl Request<'_> {
     pub(super) fn terms(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Vec<Term>> {
         let (own, words) = match &self.goal {
             Goal::Implant(subject) => (self.subject(subject, pipeline, job)?, subject.words()),
+            Goal::ImplantEncoded(subject) => return self.encoded_subject(subject, pipeline),
             Goal::Erase(erasure) => (self.erasure(erasure, pipeline, job)?, vec![erasure.word.clone()]),
         };
         let mut terms = vec![own];
@@ -37,6 +39,37 @@ impl Request<'_> {
         let (examples, rows) = self.examples(states, shape, &prompts, &subject.words(), pipeline, job)?;
         check_words(&rows, &prompts, &subject.trigger)?;
         Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
+    }
+
+    /// What the host encoded: the subject, and in global scope its class.
+    fn encoded_subject(&self, subject: &EncodedSubject<'_>, pipeline: &Pipeline) -> Result<Vec<Term>> {
+        let term = |encoded: &Encoded<'_>, rows: Option<Vec<usize>>| {
+            let [count, channels, height, width] = encoded.shape;
+            let [texts, tokens, _] = encoded.context_shape;
+            let conditioning = Conditioning {
+                batch: count,
+                tokens,
+                context: encoded.context.repeat(count / texts),
+                class_labels: pipeline.unet().takes_class_labels().then(|| vec![self.class_label; count]),
+                ..Conditioning::default()
+            };
+            let (states, shape) = (encoded.latents.to_vec(), [channels, height, width]);
+            let rows = rows.map(|rows| vec![rows; count]);
+            let examples = Examples { states, shape, conditioning, rows };
+            Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 }
+        };
+        match (self.scope, subject.prompt) {
+            (Scope::Local, Some(prompt)) => {
+                let rows = rows_of(prompt, &words(&subject.trigger, &subject.class_noun));
+                check_words(std::slice::from_ref(&rows), &[prompt.prompt.text().to_owned()], &subject.trigger)?;
+                Ok(vec![term(&subject.examples, Some(rows))])
+            }
+            _ => Ok([Some(&subject.examples), subject.class.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(|one| term(one, None))
+                .collect()),
+        }
     }
 
     /// Pictures of the class, given or as the untouched model draws them (prior preservation).
@@ -131,10 +164,14 @@ impl Request<'_> {
 }
 
 impl Subject<'_> {
-    /// On which words the set acts: the trigger, and the noun behind it. Elsewhere the noun may mean another thing.
     fn words(&self) -> Vec<String> {
-        vec![self.trigger.clone(), format!("{} {}", self.trigger, self.class_noun)]
+        words(&self.trigger, &self.class_noun)
     }
+}
+
+/// On which words a subject's set acts: the trigger, and the noun behind it. Elsewhere the noun may mean another thing.
+fn words(trigger: &str, class_noun: &str) -> Vec<String> {
+    vec![trigger.to_owned(), format!("{trigger} {class_noun}")]
 }
 
 fn rows_of(text: &Embedding, words: &[String]) -> Vec<usize> {

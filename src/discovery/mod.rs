@@ -21,5 +21,5 @@ mod tune;
 pub use draw::{Batch, Examples, Objective};
 pub use gradient::{GradientOptions, KeyValueGradient, Searched};
 pub use job::{CHECKPOINT_BATCHES, Discovery, DiscoveryOptions, Report, Term};
-pub use request::{Erasure, Goal, Request, Subject};
+pub use request::{Encoded, EncodedSubject, Erasure, Goal, Request, Subject};
 pub use tune::{TuneOptions, Tuning, WARM_UP};

@@ -7,7 +7,7 @@ use super::job::{Discovery, DiscoveryOptions, Report};
 use super::search::{Bound, Method};
 use super::tune::TuneOptions;
 use crate::concept::{Concept, Fingerprint, Metadata, Role, Scope, Selection};
-use crate::diffusion::pipeline::{Images, Pipeline};
+use crate::diffusion::pipeline::{Embedding, Images, Pipeline};
 use crate::error::{Error, Result, Status};
 use crate::onnx::grad::Effort;
 use crate::progress::Job;
@@ -26,6 +26,35 @@ pub struct Subject<'a> {
     /// Pictures of the class, of the same size, which must go on being drawn alike in global scope; `None` for those that
     /// the model draws itself.
     pub class_pictures: Option<&'a Images>,
+}
+
+/// A subject whose pictures and texts the host has encoded itself.
+#[derive(Clone, Debug)]
+pub struct EncodedSubject<'a> {
+    /// Its pictures, and a text with the trigger for each.
+    pub examples: Encoded<'a>,
+    /// What the texts are, if the pipeline encoded them: tells where the subject's words stand, which a set of local scope
+    /// must know.
+    pub prompt: Option<&'a Embedding>,
+    /// Pictures of the class and texts of it, which must go on being drawn alike in global scope; `None` for none.
+    pub class: Option<Encoded<'a>>,
+    /// As in [`Subject`]; without `prompt` it may be any word.
+    pub trigger: String,
+    /// As in [`Subject`].
+    pub class_noun: String,
+}
+
+/// Latents, and encodings of what they show.
+#[derive(Clone, Copy, Debug)]
+pub struct Encoded<'a> {
+    /// Clean latents, scaled as the UNet sees them.
+    pub latents: &'a [f32],
+    /// Their shape `[count, C, h, w]`.
+    pub shape: [usize; 4],
+    /// The encoding of each one's text, or one for all.
+    pub context: &'a [f32],
+    /// The encodings' shape `[count or 1, rows, features]`.
+    pub context_shape: [usize; 3],
 }
 
 /// A word that the neurons, shut, are to make the model forget.
@@ -47,6 +76,8 @@ pub struct Erasure {
 pub enum Goal<'a> {
     /// The concept-implanting loss (Cones), with prior preservation in global scope.
     Implant(Subject<'a>),
+    /// The same loss, from what the host has encoded.
+    ImplantEncoded(EncodedSubject<'a>),
     /// The anchor loss (ours): the distance of the prediction for each prompt to the untouched one for its anchor.
     Erase(Erasure),
 }
@@ -176,7 +207,8 @@ impl<'a> Request<'a> {
 
     fn metadata(&self, base: Fingerprint) -> Metadata {
         let title = match &self.goal {
-            Goal::Implant(subject) => format!("{} {}", subject.trigger, subject.class_noun),
+            Goal::Implant(Subject { trigger, class_noun, .. })
+            | Goal::ImplantEncoded(EncodedSubject { trigger, class_noun, .. }) => format!("{trigger} {class_noun}"),
             Goal::Erase(erasure) => format!("without {}", erasure.word),
         };
         let mut metadata = Metadata::new(base, title, "diffusion-unet/concept-neurons");
@@ -186,6 +218,12 @@ impl<'a> Request<'a> {
                 metadata.trigger.clone_from(&subject.trigger);
                 metadata.class_noun.clone_from(&subject.class_noun);
                 metadata.prompts = subject.prompts();
+            }
+            Goal::ImplantEncoded(subject) => {
+                metadata.role = Role::Implant;
+                metadata.trigger.clone_from(&subject.trigger);
+                metadata.class_noun.clone_from(&subject.class_noun);
+                metadata.prompts = subject.prompt.iter().map(|embedding| embedding.prompt.text().to_owned()).collect();
             }
             Goal::Erase(erasure) => {
                 metadata.role = Role::Erase;
@@ -206,9 +244,6 @@ impl<'a> Request<'a> {
 
     fn check(&self, pipeline: &Pipeline) -> Result<()> {
         let refuse = |why: String| Err(Error::invalid_argument(why));
-        let Some(tokenizer) = pipeline.tokenizer() else {
-            return refuse("the model takes no text".into());
-        };
         if !(self.density > 0.0 && self.density <= 1.0) {
             return refuse(format!("the density is {}, must be in (0, 1]", self.density));
         }
@@ -222,14 +257,16 @@ impl<'a> Request<'a> {
             tune.check()?;
         }
         let (height, width) = self.size(pipeline);
-        let multiple = pipeline.info().side_multiple;
+        let info = pipeline.info();
+        let multiple = info.side_multiple;
         if [height, width].iter().any(|side| *side == 0 || !side.is_multiple_of(multiple)) {
             return refuse(format!("pictures of {width} x {height} pixels: sides must be multiples of {multiple}"));
         }
+        let tokenizer = || pipeline.tokenizer().ok_or_else(|| Error::invalid_argument("the model takes no text"));
         match &self.goal {
             Goal::Implant(subject) => {
                 subject.check()?;
-                match tokenizer.token(&subject.trigger) {
+                match tokenizer()?.token(&subject.trigger) {
                     Some(_) => Ok(()),
                     None => refuse(format!(
                         "the trigger {:?} is no single token of this model's tokenizer: choose one that is, and that \
@@ -238,7 +275,8 @@ impl<'a> Request<'a> {
                     )),
                 }
             }
-            Goal::Erase(erasure) => erasure.check(),
+            Goal::ImplantEncoded(subject) => subject.check(self, info.latent_channels),
+            Goal::Erase(erasure) => tokenizer().and_then(|_| erasure.check()),
         }
     }
 
@@ -247,6 +285,10 @@ impl<'a> Request<'a> {
         let info = pipeline.info();
         match &self.goal {
             Goal::Implant(subject) => (subject.pictures.height, subject.pictures.width),
+            Goal::ImplantEncoded(subject) => {
+                let [_, _, height, width] = subject.examples.shape;
+                (height.saturating_mul(info.latent_factor), width.saturating_mul(info.latent_factor))
+            }
             Goal::Erase(erasure) => erasure.size.unwrap_or((info.height, info.width)),
         }
     }
@@ -280,6 +322,57 @@ impl Subject<'_> {
         match self.prompts.is_empty() {
             true => vec![format!("a {} {}", self.trigger, self.class_noun); self.pictures.count],
             false => self.prompts.clone(),
+        }
+    }
+}
+
+impl EncodedSubject<'_> {
+    fn check(&self, request: &Request<'_>, channels: usize) -> Result<()> {
+        self.examples.check("the subject", channels)?;
+        if let Some(class) = &self.class {
+            class.check("the class", channels)?;
+        }
+        if !request.preserve.is_empty() {
+            return Err(Error::invalid_argument("texts can't be preserved beside encoded pictures: give a class"));
+        }
+        match (request.scope, self.prompt) {
+            (Scope::Local, None) => Err(Error::invalid_argument(
+                "a set of local scope must know where the subject's words stand: give the prompt's own encoding, or ask for \
+                 global scope",
+            )),
+            (_, Some(prompt)) if [prompt.tokens, prompt.features] != self.examples.context_shape[1..] => {
+                Err(Error::invalid_argument(format!(
+                    "the prompt's encoding is {:?}, but the subject's texts are {:?}",
+                    [prompt.tokens, prompt.features],
+                    &self.examples.context_shape[1..]
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Encoded<'_> {
+    fn check(&self, whose: &str, channels: usize) -> Result<()> {
+        let ([count, own, ..], [texts, rows, _]) = (self.shape, self.context_shape);
+        let sizes = [(self.latents, &self.shape[..]), (self.context, &self.context_shape[..])];
+        if own != channels {
+            Err(Error::invalid_argument(format!("latents of {whose} have {own} channels, the model's have {channels}")))
+        } else if count == 0 || rows == 0 || (texts != count && texts != 1) {
+            Err(Error::invalid_argument(format!(
+                "{whose} has {count} latents and {texts} texts of {rows} rows: there must be a latent, and a text for each \
+                 or one for all"
+            )))
+        } else if sizes.iter().any(|(values, shape)| values.len() != shape.iter().product::<usize>()) {
+            Err(Error::invalid_argument(format!(
+                "{whose} has {} and {} numbers, not {:?} and {:?}",
+                self.latents.len(),
+                self.context.len(),
+                self.shape,
+                self.context_shape
+            )))
+        } else {
+            Ok(())
         }
     }
 }

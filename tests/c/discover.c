@@ -95,6 +95,22 @@ int main(int argc, char **argv) {
     options.prompts = NULL;
     options.prompt_count = 0;
   }
+  {
+    static float numbers[3 * 32 * 32];
+    const macula_tensor latents = {numbers, sizeof numbers, {1, 3, 32, 32}, 4, MACULA_DTYPE_F32, MACULA_DEVICE_CPU, 0};
+    const macula_tensor context = {numbers, sizeof numbers, {1, 3, 1024}, 3, MACULA_DTYPE_F32, MACULA_DEVICE_CPU, 0};
+    options.latents = &latents;
+    REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "options.context");
+    options.context = &latents;
+    REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "must have 3 dimensions");
+    options.context = &context;
+    REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "beside pictures");
+    options.latents = options.context = NULL;
+    options.class_latents = &latents;
+    options.class_context = &context;
+    REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "without options.latents");
+    options.class_latents = options.class_context = NULL;
+  }
   options.searched = 3;
   REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "options.searched is 3");
   options.searched = MACULA_SEARCHED_KEYS_AND_VALUES;

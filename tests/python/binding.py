@@ -340,6 +340,38 @@ class Discovering(WithPipeline):
         with self.assertRaises(macula.InvalidArgument):
             self.pipeline.discover_erasing("tiger", {}, **options)
 
+    def test_a_search_takes_what_was_encoded(self):
+        """Latents of a model in pixel space are the pictures, so the same search can be asked for in both ways."""
+        pictures = [macula.read_image(ROOT / f"models/emoji/subjects/octopus/{at}.png", 32, 32) for at in (1, 2)]
+        quick = {"batches": 2, "batch": 1, "method": "saliency", "class_label": 4}
+        known = self.pipeline.discover(pictures, "<s2>", "animal", **quick)
+        prompt = self.pipeline.encode_prompt("a <s2> animal")
+        latents = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        told = []
+        found = self.pipeline.discover_encoded(
+            latents, prompt.context, "<s2>", "animal", embedding=prompt, progress=lambda now: told.append(now.loss), **quick
+        )
+        shared = found.overlap(known)
+        self.assertGreater(shared.jaccard, 0.99)
+        self.assertTrue(told[-1] > 0 and told[0] is None, told)
+        everywhere = self.pipeline.discover_encoded(
+            latents, prompt.context, "no token", "animal", class_latents=latents[:1], class_context=prompt.context,
+            scope="global", **quick,
+        )
+        self.assertEqual(everywhere.scope, macula.Scope.GLOBAL)
+        self.assertLess(everywhere.overlap(known).jaccard, 0.9)
+        for wrong, named in [
+            ({}, "local scope"),
+            ({"embedding": self.pipeline.encode_prompt("an animal")}, "lacks"),
+            ({"scope": "global", "class_latents": latents}, "class_context"),
+            ({"scope": "global", "class_latents": latents[:, :1], "class_context": prompt.context}, "1 channels"),
+        ]:
+            with self.assertRaisesRegex(macula.InvalidArgument, named):
+                self.pipeline.discover_encoded(latents, prompt.context, "<s2>", "animal", **wrong, **quick)
+        two = np.repeat(prompt.context, 3, axis=0)
+        with self.assertRaisesRegex(macula.InvalidArgument, "2 latents and 3 texts"):
+            self.pipeline.discover_encoded(latents, two, "<s2>", "animal", scope="global", **quick)
+
 
 class Schedules(WithPipeline):
     def test_early_steps_see_smaller_states(self):
@@ -353,6 +385,44 @@ class Schedules(WithPipeline):
         again = macula.Schedule.from_json(schedule.fields)
         np.testing.assert_array_equal(self.pipeline.draw("a cat", **{**options, "schedule": again})[0], drawn[0])
         self.assert_draws_as_before()
+
+    def walked(self, trajectory, noises):
+        """Clean states by a loop of this test's own, and the sides of all states."""
+        context = self.pipeline.encode_prompt("a cat").context
+        state, sides = trajectory.start(next(noises)(trajectory.now.shape)), []
+        while not (now := trajectory.now).done:
+            sides.append(now.shape[2])
+            label = None if now.class_label is None else np.array([now.class_label])
+            prediction = self.pipeline.denoise(now.input_scale * state, now.timestep, context, class_labels=label)
+            lift = next(noises)(now.next_shape) if now.lifts else None
+            state, clean = trajectory.step(state, prediction, lift_noise=lift)
+            self.assertEqual((state.shape, clean.shape), (now.next_shape, now.shape))
+        return state, sides
+
+    def test_a_loop_of_ones_own_draws_the_same(self):
+        noise = np.random.default_rng(7).standard_normal((1, 3, 64, 64), dtype=np.float32)
+        fields = {**self.pipeline.schedule.fields, "turning_points": [], "stage_class_labels": [0], "stage_sizes": [64]}
+        plain = macula.Schedule.from_json({**fields, "lift_std": []})
+        state, sides = self.walked(plain.begin(steps=3), iter([lambda shape: noise]))
+        self.assertEqual(sides, [64, 64, 64])
+        drawn = self.pipeline.draw("a cat", steps=3, guidance=1.0, noise=noise)[0]
+        np.testing.assert_allclose((state[0].transpose(1, 2, 0) + 1) * 127.5, drawn, atol=0.51)
+
+    def test_noise_is_asked_for_where_sides_double(self):
+        trajectory, rng = self.pipeline.schedule.begin(steps=4), np.random.default_rng(7)
+        normal = lambda shape: rng.standard_normal(shape, dtype=np.float32)
+        state, sides = self.walked(trajectory, iter([normal] * 3))
+        self.assertEqual((sorted(set(sides)), state.shape, trajectory.now.done), ([16, 32, 64], (1, 3, 64, 64), True))
+        with self.pipeline.schedule.begin(steps=4, batch=2) as other:
+            zeros = np.zeros(other.now.shape, dtype=np.float32)
+            while not other.now.lifts:
+                zeros, _ = other.step(zeros, zeros)
+            before = other.now
+            with self.assertRaisesRegex(macula.InvalidArgument, "adds lift noise"):
+                other.step(zeros, zeros)
+            self.assertEqual(other.now, before)
+        with self.assertRaisesRegex(ValueError, "closed"):
+            other.now
 
     def test_turning_points_are_chosen_within_a_budget(self):
         rough = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8) for seed in range(2)]

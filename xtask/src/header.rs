@@ -27,8 +27,8 @@ const SECTIONS: &[&str] = &[
     "schedule",
     "trajectory",
     "draw",
-    "discovery",
     "denoise",
+    "discovery",
     "memory",
 ];
 

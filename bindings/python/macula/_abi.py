@@ -465,6 +465,32 @@ class macula_draw_options(Struct):
     _defaults_ = {"guidance": 7.5, "steps": 25, "batch": 1, "karras": -1}
 
 
+class macula_embedding_info(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("context", macula_tensor),
+        ("pooled", macula_tensor),
+        ("own_tokens", c_size_t),
+    ]
+
+
+class macula_denoise_inputs(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("sample", POINTER(macula_tensor)),
+        ("context", POINTER(macula_tensor)),
+        ("text_embeds", POINTER(macula_tensor)),
+        ("time_ids", POINTER(macula_tensor)),
+        ("class_labels", POINTER(macula_tensor)),
+        ("timestep_cond", POINTER(macula_tensor)),
+        ("embedding", c_void_p),
+        ("cancel", c_void_p),
+        ("timestep", c_double),
+        ("first_conditional", c_size_t),
+        ("stage", c_size_t),
+    ]
+
+
 class Searched(IntEnum):
     """`macula_searched`"""
 
@@ -518,34 +544,13 @@ class macula_discover_options(Struct):
         ("class_label", c_int32),
         ("tune_steps", c_uint32),
         ("values", c_int32),
+        ("latents", POINTER(macula_tensor)),
+        ("context", POINTER(macula_tensor)),
+        ("embedding", c_void_p),
+        ("class_latents", POINTER(macula_tensor)),
+        ("class_context", POINTER(macula_tensor)),
     ]
     _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3}
-
-
-class macula_embedding_info(Struct):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("context", macula_tensor),
-        ("pooled", macula_tensor),
-        ("own_tokens", c_size_t),
-    ]
-
-
-class macula_denoise_inputs(Struct):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("sample", POINTER(macula_tensor)),
-        ("context", POINTER(macula_tensor)),
-        ("text_embeds", POINTER(macula_tensor)),
-        ("time_ids", POINTER(macula_tensor)),
-        ("class_labels", POINTER(macula_tensor)),
-        ("timestep_cond", POINTER(macula_tensor)),
-        ("embedding", c_void_p),
-        ("cancel", c_void_p),
-        ("timestep", c_double),
-        ("first_conditional", c_size_t),
-        ("stage", c_size_t),
-    ]
 
 
 class macula_memory_info(Struct):
@@ -617,10 +622,10 @@ FUNCTIONS = {
     "macula_trajectory_start": (c_int32, [c_void_p, POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor)]),
     "macula_trajectory_step": (c_int32, [c_void_p, POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor), POINTER(macula_tensor)]),
     "macula_pipeline_draw": (c_int32, [c_void_p, POINTER(macula_draw_options), POINTER(c_void_p)]),
-    "macula_discover": (c_int32, [c_void_p, POINTER(macula_discover_options), POINTER(c_void_p)]),
     "macula_pipeline_encode_prompt": (c_int32, [c_void_p, c_char_p, c_void_p, POINTER(c_void_p)]),
     "macula_embedding_get_info": (c_int32, [c_void_p, POINTER(macula_embedding_info)]),
     "macula_embedding_free": (c_int32, [c_void_p]),
     "macula_pipeline_denoise": (c_int32, [c_void_p, POINTER(macula_denoise_inputs), POINTER(macula_tensor)]),
+    "macula_discover": (c_int32, [c_void_p, POINTER(macula_discover_options), POINTER(c_void_p)]),
     "macula_pipeline_get_memory": (c_int32, [c_void_p, POINTER(macula_memory_info)]),
 }

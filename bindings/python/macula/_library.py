@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from ctypes import CDLL, byref, c_void_p
+from ctypes import CDLL, byref, c_void_p, pointer
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
@@ -124,6 +124,11 @@ def tensor(array: np.ndarray) -> macula_tensor:
     made.shape[: array.ndim] = array.shape
     made.array = array
     return made
+
+
+def numbers(array: Any, dtype: type = np.float32) -> Any:
+    """A pointer to a tensor of the array, without a copy where its type and order are right; NULL for `None`."""
+    return None if array is None else pointer(tensor(np.ascontiguousarray(array, dtype=dtype)))
 
 
 def lent_array(owner: object, lent: macula_tensor) -> np.ndarray:

@@ -39,8 +39,10 @@ class CancelToken(Closable):
 
 
 class Progress:
-    """How far a job is: `done` of `total` steps of `stage`, and of a search the running `loss`. The arrays are copies, to
-    be had during the call only."""
+    """How far a job is: `done` of `total` steps of `stage`. The arrays are copies, to be had during the call only.
+
+    `loss`: of a search or tuning, the mean of the last ten batches; `None` elsewhere and before the first.
+    """
 
     def __init__(self, told: macula_progress):
         self._told: macula_progress | None = told

@@ -59,6 +59,19 @@ class DrawOptions(TypedDict, total=False):
     class_label: int
 
 
+class TrajectoryOptions(TypedDict, total=False):
+    """How a schedule is walked (`macula_trajectory_options`)."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    steps: int
+    start_step: int
+    sampler: _abi.Sampler | str
+    eta: float
+
+
 class DiscoverOptions(TypedDict, total=False):
     """How to search, besides what for (`macula_discover_options`)."""
 

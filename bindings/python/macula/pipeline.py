@@ -13,7 +13,7 @@ from ._abi import (
     Role, Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
     macula_layer_info, macula_memory_info, macula_pipeline_info, macula_pipeline_options, macula_session_options, macula_term,
 )
-from ._library import Closable, Handle, StrPath, check, info, lent_array, library, receive, tensor, text
+from ._library import Closable, Handle, StrPath, check, info, lent_array, library, numbers, receive, tensor, text
 from .concepts import Concept, Layer
 from .images import Images, read_image, view
 from .jobs import CancelToken, Progress, run
@@ -190,7 +190,7 @@ class Pipeline(Closable):
         wanted = macula_draw_options.new()
         fill(wanted, options, DrawOptions)
         wanted.prompt = text(prompt)
-        wanted.noise, wanted.start_latent = _numbers(noise), _numbers(start_latent)
+        wanted.noise, wanted.start_latent = numbers(noise), numbers(start_latent)
         if start_image is not None:
             wanted.start_image = pointer(view(start_image))
         wanted.schedule = schedule.pointer if schedule else None
@@ -239,6 +239,36 @@ class Pipeline(Closable):
             wanted.prompts, wanted.prompt_count = _texts(prompts), len(prompts)
         return self._discovered(wanted, preserve, progress, cancel)
 
+    def discover_encoded(
+        self,
+        latents: np.ndarray,
+        context: np.ndarray,
+        trigger: str,
+        class_noun: str,
+        *,
+        embedding: Embedding | None = None,
+        class_latents: np.ndarray | None = None,
+        class_context: np.ndarray | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[DiscoverOptions],
+    ) -> Concept:
+        """As `discover`, for a host that encodes pictures and texts itself.
+
+        - `latents`: clean ones of the subject, `[N, C, h, w]`, scaled as the UNet sees them; `context`: encodings of texts
+          with the trigger, `[N, rows, features]`, or `[1, rows, features]` of one for all.
+        - `embedding`: what `context` is, if the pipeline encoded it; without, `scope="global"` must be asked for, and the
+          trigger may be any word.
+        - `class_latents`, `class_context`: what must go on being drawn alike in global scope.
+        """
+        wanted = macula_discover_options.new()
+        fill(wanted, options, DiscoverOptions)
+        wanted.latents, wanted.context = numbers(latents), numbers(context)
+        wanted.class_latents, wanted.class_context = numbers(class_latents), numbers(class_context)
+        wanted.embedding = embedding.pointer if embedding else None
+        wanted.trigger, wanted.class_noun = text(trigger), text(class_noun)
+        return self._discovered(wanted, (), progress, cancel)
+
     def discover_erasing(
         self,
         word: str,
@@ -266,17 +296,6 @@ class Pipeline(Closable):
         wanted.prompt_count = len(anchors)
         wanted.width, wanted.height = size or (0, 0)
         return self._discovered(wanted, preserve, progress, cancel)
-
-    def _discovered(
-        self,
-        wanted: macula_discover_options,
-        preserve: Sequence[str],
-        progress: Callable[[Progress], object] | bool | None,
-        cancel: CancelToken | None,
-    ) -> Concept:
-        wanted.preserve, wanted.preserve_count = _texts(preserve), len(preserve)
-        call = _receiving(library.macula_discover, self.pointer, byref(wanted))
-        return Concept(run(call, wanted, progress, cancel))
 
     def encode_prompt(self, prompt: str, cancel: CancelToken | None = None) -> Embedding:
         """Encodes a prompt of any length."""
@@ -306,9 +325,9 @@ class Pipeline(Closable):
         """
         inputs = macula_denoise_inputs.new()
         states = np.ascontiguousarray(sample, dtype=np.float32)
-        inputs.sample, inputs.context = _numbers(states), _numbers(context)
-        inputs.text_embeds, inputs.time_ids = _numbers(text_embeds), _numbers(time_ids)
-        inputs.class_labels, inputs.timestep_cond = _numbers(class_labels, np.int64), _numbers(timestep_cond)
+        inputs.sample, inputs.context = numbers(states), numbers(context)
+        inputs.text_embeds, inputs.time_ids = numbers(text_embeds), numbers(time_ids)
+        inputs.class_labels, inputs.timestep_cond = numbers(class_labels, np.int64), numbers(timestep_cond)
         inputs.embedding = embedding.pointer if embedding else None
         inputs.cancel = cancel.pointer if cancel else None
         inputs.timestep, inputs.first_conditional, inputs.stage = timestep, first_conditional, stage
@@ -319,6 +338,17 @@ class Pipeline(Closable):
         check(library.macula_pipeline_denoise(self.pointer, byref(inputs), byref(tensor(out))))
         return out
 
+    def _discovered(
+        self,
+        wanted: macula_discover_options,
+        preserve: Sequence[str],
+        progress: Callable[[Progress], object] | bool | None,
+        cancel: CancelToken | None,
+    ) -> Concept:
+        wanted.preserve, wanted.preserve_count = _texts(preserve), len(preserve)
+        call = _receiving(library.macula_discover, self.pointer, byref(wanted))
+        return Concept(run(call, wanted, progress, cancel))
+
     def _info(self) -> macula_pipeline_info:
         return info(macula_pipeline_info, library.macula_pipeline_get_info, self.pointer)
 
@@ -326,11 +356,6 @@ class Pipeline(Closable):
         if self._handle is None:
             return "<macula.Pipeline: closed>"
         return f"<macula.Pipeline: {self.size[0]} x {self.size[1]}, {self.provider}>"
-
-
-def _numbers(array: Any, dtype: type = np.float32) -> Any:
-    """A pointer to a tensor of the array, without a copy where its type and order are right; NULL for `None`."""
-    return None if array is None else pointer(tensor(np.ascontiguousarray(array, dtype=dtype)))
 
 
 def _receiving(function: Any, *arguments: Any) -> Callable[[], int]:
