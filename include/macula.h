@@ -2626,8 +2626,9 @@ typedef struct {
   size_t preserve_count;
   /**
    * A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
-   * search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. May be
-   * NULL. Default: `NULL`.
+   * search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. A
+   * safetensors file: its tensors `losses` and, with tuning, `tuned.losses` are the loss of each batch, 64-bit floating
+   * point. May be NULL. Default: `NULL`.
    */
   const char *checkpoint;
   /**

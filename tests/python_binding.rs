@@ -1,5 +1,5 @@
-//! The Python package: its wheel in an empty environment, its signatures held against the C compiler, and its life beside
-//! the `onnxruntime` package, of the same version, an older and a newer one.
+//! The Python package: its wheel in an empty environment, its signatures held against the C compiler, its type hints, a
+//! catalogue found with Ray, and its life beside the `onnxruntime` package, of the same version, an older and a newer one.
 #![allow(clippy::unwrap_used)]
 
 #[path = "support/c.rs"]
@@ -21,20 +21,28 @@ use install::{text, tool, xtask};
 /// An `onnxruntime` that is older than the one of the tests.
 const OLDER: &str = "1.23.2";
 
-/// A folder with an environment that has the wheel, NumPy and tqdm.
+/// A folder with the wheel, and an environment that has nothing but it, NumPy and tqdm, put there by pip.
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = install::empty_folder("python");
     let library = c::library();
     xtask(&["wheel", "--built", text(library.parent().unwrap()), "--out", text(&folder)]);
-    let name = format!("macula-{}-py3-none-linux_x86_64.whl", env!("CARGO_PKG_VERSION"));
-    let wheel = folder.join(name);
-    assert!(wheel.is_file(), "there is no {}", wheel.display());
     let environment = folder.join("environment");
-    c::succeed(tool("uv").args(["venv", "--quiet", "--python"]).arg(support::interpreter()).arg(&environment));
-    let interpreter = environment.join("bin/python");
-    install_packages(&["--python", text(&interpreter), &format!("{}[progress]", wheel.display())]);
+    c::succeed(Command::new(support::interpreter()).args(["-m", "venv"]).arg(&environment));
+    let mut pip = Command::new(environment.join("bin/python"));
+    pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", &wheel(&folder, "progress")]);
+    c::succeed(pip.args(PINS).current_dir(root().join("tests/python")));
     folder
 });
+
+/// The pinned versions of what is installed for a test, in `tests/python`.
+const PINS: [&str; 4] = ["--constraint", "requirements.txt", "--constraint", "tools.txt"];
+
+/// The wheel with one of its extras, as pip is told of it.
+fn wheel(folder: &Path, extra: &str) -> String {
+    let wheel = folder.join(format!("macula-{}-py3-none-linux_x86_64.whl", env!("CARGO_PKG_VERSION")));
+    assert!(wheel.is_file(), "there is no {}", wheel.display());
+    format!("{}[{extra}]", wheel.display())
+}
 
 /// The Python of the environment.
 fn interpreter() -> PathBuf {
@@ -45,18 +53,15 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// Puts packages where uv's arguments say: the same as pip's, several times faster.
 fn install_packages(arguments: &[&str]) {
     let mut command = tool("uv");
-    command.current_dir(root().join("tests/python")).args(["pip", "install", "--quiet"]).args(arguments);
-    if !arguments.iter().any(|argument| argument.starts_with("onnxruntime==")) {
-        command.args(["--constraint", "requirements.txt", "--constraint", "tools.txt"]);
-    }
-    c::succeed(&mut command);
+    c::succeed(command.current_dir(root().join("tests/python")).args(["pip", "install", "--quiet"]).args(arguments));
 }
 
-/// Runs a script of `tests/python` in the environment, where nothing tells the package where ONNX Runtime is.
-fn python(script: &str) -> Command {
-    let mut command = Command::new(interpreter());
+/// Runs a script of `tests/python` in an environment, where nothing tells the package where ONNX Runtime is.
+fn python(interpreter: &Path, script: &str) -> Command {
+    let mut command = Command::new(interpreter);
     command.current_dir(&*FOLDER).arg(root().join("tests/python").join(script));
     for variable in ["MACULA_ONNXRUNTIME", "MACULA_LIBRARY", "PYTHONPATH"] {
         command.env_remove(variable);
@@ -69,7 +74,7 @@ fn the_package_does_what_the_library_does() {
     let bench = Bench::new();
     let layout = bench.folder().join("layout");
     std::fs::write(&layout, structs(&bench) + &functions(&bench)).unwrap();
-    c::succeed(python("binding.py").arg(root()).arg(bench.folder()).arg(&layout));
+    c::succeed(python(&interpreter(), "binding.py").arg(root()).arg(bench.folder()).arg(&layout));
     let figures = std::fs::read_to_string(bench.folder().join("figures.json")).unwrap();
     assert!(figures.contains("python_overhead_us"), "{figures}");
 }
@@ -166,6 +171,30 @@ fn measured(c_type: &str) -> String {
 }
 
 #[test]
+fn its_type_hints_hold() {
+    let cache = tempfile::tempdir().unwrap();
+    let mypy = |folder: &str, of: &[&str]| {
+        let mut command = tool("mypy");
+        command.current_dir(root().join(folder)).arg("--cache-dir").arg(cache.path());
+        c::succeed(command.arg("--python-executable").arg(interpreter()).args(of));
+    };
+    mypy("bindings/python", &["macula"]);
+    // From here it is the installed package that a host imports.
+    mypy("tests/python", &["--strict", "typed_host.py"]);
+}
+
+#[test]
+fn a_catalogue_is_found_by_ray() {
+    let environment = FOLDER.join("ray");
+    let interpreter = environment.join("bin/python");
+    c::succeed(tool("uv").args(["venv", "--quiet", "--python"]).arg(support::interpreter()).arg(&environment));
+    let wheel = wheel(&FOLDER, "progress,ray");
+    install_packages(&[&["--python", text(&interpreter), &*wheel], &PINS[..]].concat());
+    let folder = tempfile::tempdir().unwrap();
+    c::succeed(python(&interpreter, "catalogue.py").arg(root()).arg(folder.path()));
+}
+
+#[test]
 fn it_lives_beside_the_onnxruntime_package() {
     let folder = &*FOLDER;
     let ours = own_version();
@@ -176,7 +205,7 @@ fn it_lives_beside_the_onnxruntime_package() {
     // Our version, and that of the package: the same, an older and a newer one.
     for (own, package) in [(&*ours, &*ours), (&*ours, OLDER), (OLDER, &*ours)] {
         for first in ["macula", "onnxruntime"] {
-            let mut command = python("beside_onnxruntime.py");
+            let mut command = python(&interpreter(), "beside_onnxruntime.py");
             command.arg(root().join("models/emoji/onnx")).arg(first).env("PYTHONPATH", folder.join(package));
             if own != ours {
                 command.env("MACULA_ONNXRUNTIME", folder.join(own).join("onnxruntime/capi"));

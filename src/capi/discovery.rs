@@ -93,8 +93,9 @@ pub struct macula_discover_options {
     /// How many texts to preserve. Default: `0`.
     pub preserve_count: usize,
     /// A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
-    /// search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. May be
-    /// NULL. Default: `NULL`.
+    /// search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. A
+    /// safetensors file: its tensors `losses` and, with tuning, `tuned.losses` are the loss of each batch, 64-bit floating
+    /// point. May be NULL. Default: `NULL`.
     pub checkpoint: *const c_char,
     /// Stops the search from another thread. May be NULL. Default: `NULL`.
     pub cancel: *const macula_cancel_token,

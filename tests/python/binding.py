@@ -271,21 +271,74 @@ class Concepts(WithPipeline):
         with self.assertRaisesRegex(ValueError, "63 values"):
             macula.Concept.create(layers, "ab" * 32, values={path: one[1:] for path, one in values.items()})
 
-    def test_a_search_is_told_and_stopped(self):
-        stages = []
 
-        def stop(now):
-            stages.append(now.stage)
-            self.assertIsNone(now.loss)
-            raise InterruptedError
+class Discovering(WithPipeline):
+    """Searches on small pictures with few batches; what they find is the business of the library's own tests."""
 
-        pictures = [self.base, self.base]
-        with self.assertRaises(InterruptedError):
-            self.pipeline.discover(pictures, "<s1>", "cat", prompts=["a <s1> cat"] * 2, batches=13, progress=stop)
-        self.assertEqual(len(stages), 1)
+    SEARCH = {"batches": 13, "batch": 2, "seed": 5}
+
+    def setUp(self):
+        pictures = [self.pipeline.draw("a cat", width=32, height=32, **QUICK | {"seed": seed})[0] for seed in (1, 2)]
+        self.subject = (pictures, "<s1>", "cat")
+
+    @staticmethod
+    def neurons(concept):
+        return {layer.path: concept.indices(at).tolist() for at, layer in enumerate(concept.layers)}
+
+    def test_a_search_is_told(self):
+        told, bar = [], io.StringIO()
+        found = self.pipeline.discover(*self.subject, progress=told.append, **self.SEARCH)
+        losses = [one.loss for one in told if one.stage == "search"]
+        self.assertEqual((len(losses), losses[0]), (14, None))
+        self.assertTrue(np.isfinite(losses[1:]).all())
+        with redirect_stderr(bar):
+            again = self.pipeline.discover(*self.subject, progress=True, **self.SEARCH)
+        self.assertRegex(bar.getvalue(), r"search: .*13/13.*loss=\d")
+        self.assertEqual(self.neurons(found), self.neurons(again))
+        self.assertEqual((found.trigger, found.class_noun), ("<s1>", "cat"))
+
+    def test_prompts_are_looked_at(self):
+        plain = self.pipeline.discover(*self.subject, **self.SEARCH)
+        usual, other = (
+            self.pipeline.discover(*self.subject, prompts=[prompt] * 2, **self.SEARCH)
+            for prompt in ("a <s1> cat", "a <s1> cat on a red background")
+        )
+        self.assertEqual(self.neurons(plain), self.neurons(usual))
+        self.assertNotEqual(self.neurons(plain), self.neurons(other))
+        with self.assertRaisesRegex(ValueError, "1 prompts for 2 pictures"):
+            self.pipeline.discover(*self.subject, prompts=["a <s1> cat"])
         with self.assertRaisesRegex(macula.InvalidArgument, "no such trigger"):
-            self.pipeline.discover(pictures, "no such trigger", "cat")
+            self.pipeline.discover(self.subject[0], "no such trigger", "cat")
 
+    def test_control_c_stops_a_search_and_its_checkpoint_goes_on(self):
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        search = {**self.SEARCH, "batches": 30, "checkpoint": FOLDER / "search"}
+
+        def interrupt(now):
+            if now.stage == "search" and now.done == 12:
+                # It comes while the search goes on, as from a keyboard.
+                threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        with self.assertRaises(KeyboardInterrupt):
+            self.pipeline.discover(*self.subject, progress=interrupt, **search)
+        self.assert_draws_as_before()
+        told = []
+        found = self.pipeline.discover(*self.subject, progress=told.append, **search)
+        self.assertGreaterEqual(next(one.done for one in told if one.stage == "search"), 12)
+        del search["checkpoint"]
+        self.assertEqual(self.neurons(found), self.neurons(self.pipeline.discover(*self.subject, **search)))
+
+    def test_a_word_is_found_to_be_erased(self):
+        options = {**self.SEARCH, "drawn_pictures": 2, "size": (32, 32)}
+        anchors = {"a tiger on a white background": "an animal on a white background"}
+        erased = self.pipeline.discover_erasing("tiger", anchors, preserve=["a lion"], **options)
+        self.assertEqual((erased.role, erased.trigger), (macula.Role.ERASE, "tiger"))
+        base = self.pipeline.draw("a tiger", **QUICK)[0].copy()
+        self.pipeline.ablate(erased)
+        self.assertTrue((self.pipeline.draw("a tiger", **QUICK)[0] != base).any())
+        self.pipeline.clear()
+        with self.assertRaises(macula.InvalidArgument):
+            self.pipeline.discover_erasing("tiger", {}, **options)
 
     def test_a_search_takes_what_was_encoded(self):
         """Latents of a model in pixel space are the pictures, so the same search can be asked for in both ways."""

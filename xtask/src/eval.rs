@@ -1,4 +1,4 @@
-//! `cargo xtask eval`: measurements of quality, on the shipped model.
+//! `cargo xtask eval`: measurements of quality on the shipped model, and of what hosts pay for the library.
 
 use std::process::Command;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::place::{cargo, out, root, step, target};
-use crate::{demo, python};
+use crate::{demo, figures, python};
 
 /// What can be measured.
 #[derive(Clone, Copy, ValueEnum)]
@@ -21,11 +21,17 @@ pub enum What {
     /// What the decomposed process costs and how well it draws, beside the plain one: out/decomposed.json and
     /// out/decomposed-curves.png
     Decomposed,
+    /// What a call costs a host beside the work itself, and beside the host's own way: out/hosts.json
+    Hosts,
 }
+
+/// Scripts that print figures, one for each kind of host.
+const HOSTS: [&str; 2] = ["bindings/python/evaluate.py", "bindings/comfyui/evaluate.py"];
 
 /// Runs one measurement; `full` takes larger samples.
 pub fn run(what: What, full: bool) -> Result<()> {
     let script = match what {
+        What::Hosts => return hosts(),
         What::Model => "models/emoji/evaluate.py",
         What::Cones => "models/reference/evaluate_cones.py",
         What::Peers => "models/reference/evaluate_peers.py",
@@ -33,26 +39,46 @@ pub fn run(what: What, full: bool) -> Result<()> {
     };
     let evaluate = &mut Command::new(python::environment()?);
     evaluate.current_dir(root()).arg(script).arg("--out").arg(out()?);
-    if let What::Cones | What::Peers | What::Decomposed = what {
-        step("build the library", cargo()?.args(["build", "--release", "--lib"]))?;
-        evaluate.env("MACULA_ONNXRUNTIME", python::onnxruntime()?);
-    }
     match what {
-        What::Cones => {
+        What::Cones | What::Peers => {
+            build()?;
+            evaluate.env("MACULA_ONNXRUNTIME", python::onnxruntime()?);
             evaluate.arg("--discover").arg(demo::compile_example("discover")?);
-        }
-        What::Peers => {
-            evaluate.arg("--discover").arg(demo::compile_example("discover")?);
-            evaluate.arg("--erase").arg(demo::compile_example("erase")?);
         }
         What::Decomposed => {
-            evaluate.env("MACULA_LIBRARY", target()?.join("release/libmacula.so"));
-            evaluate.env("PYTHONPATH", root().join("bindings/python"));
+            build()?;
+            with_package(evaluate)?;
         }
-        What::Model => {}
+        What::Model | What::Hosts => {}
+    }
+    if let What::Peers = what {
+        evaluate.arg("--erase").arg(demo::compile_example("erase")?);
     }
     if full {
         evaluate.arg("--full");
     }
     step(script, evaluate)
+}
+
+/// Runs the hosts' scripts, one after the other. One that is not there leaves its figures out, and makes this fail in the end.
+fn hosts() -> Result<()> {
+    build()?;
+    let script = |script: &str| -> Result<_> {
+        let mut evaluate = Command::new(python::environment()?);
+        with_package(evaluate.current_dir(root()).arg(script))?;
+        Ok((script.to_owned(), evaluate))
+    };
+    figures::measure(HOSTS.into_iter().map(script).collect::<Result<_>>()?, "hosts.json")
+}
+
+fn build() -> Result<()> {
+    step("build the library", cargo()?.args(["build", "--release", "--lib"]))
+}
+
+/// Lets a Python program import the package of this tree, with the release library and the tests' ONNX Runtime.
+fn with_package(command: &mut Command) -> Result<()> {
+    command.env("MACULA_ONNXRUNTIME", python::onnxruntime()?);
+    command.env("MACULA_LIBRARY", target()?.join("release/libmacula.so"));
+    command.env("PYTHONPATH", root().join("bindings/python"));
+    Ok(())
 }

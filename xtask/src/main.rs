@@ -4,6 +4,7 @@
 mod bench;
 mod demo;
 mod eval;
+mod figures;
 mod header;
 mod install;
 mod licences;
@@ -43,7 +44,7 @@ enum Command {
         #[arg(long)]
         small: bool,
     },
-    /// Measure quality; figures and pictures go to out/
+    /// Measure quality, and what hosts pay; figures and pictures go to out/
     Eval {
         /// What to measure
         what: eval::What,

@@ -21,15 +21,18 @@ from ctypes import (
     c_void_p, sizeof,
 )
 from enum import IntEnum
+from typing import Any, ClassVar, TypeVar
+
+S = TypeVar("S", bound="Struct")
 
 
 class Struct(Structure):
     """A struct of macula.h. `new()` gives one as its `_INIT` macro does."""
 
-    _defaults_ = {}
+    _defaults_: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def new(cls):
+    def new(cls: type[S]) -> S:
         made = cls(**cls._defaults_)
         if cls._fields_[0][0] == "struct_size":
             made.struct_size = sizeof(cls)

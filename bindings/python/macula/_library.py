@@ -9,12 +9,18 @@ import os
 import weakref
 from ctypes import CDLL, byref, c_void_p, pointer
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 import numpy as np
 
-from ._abi import FUNCTIONS, Dtype, macula_tensor
+from ._abi import FUNCTIONS, Dtype, Struct, macula_tensor
 from .errors import error
+
+S = TypeVar("S", bound=Struct)
+C = TypeVar("C", bound="Closable")
+
+# What names a file or a folder.
+StrPath = str | os.PathLike[str]
 
 
 def _load() -> CDLL:
@@ -44,7 +50,7 @@ def check(status: int) -> None:
         raise error(status, library.macula_last_error().decode())
 
 
-def text(value: str | os.PathLike) -> bytes:
+def text(value: StrPath) -> bytes:
     """Text or a path for the library."""
     encoded = os.fspath(value).encode() if isinstance(value, (str, os.PathLike)) else None
     if encoded is None or b"\0" in encoded:
@@ -56,10 +62,11 @@ def receive(function: Any, *arguments: Any) -> int:
     """What a function gives by its last parameter: a handle."""
     made = c_void_p()
     check(function(*arguments, byref(made)))
+    assert made.value is not None, "a call that succeeds gives a handle"
     return made.value
 
 
-def info(struct: type, function: Any, *arguments: Any) -> Any:
+def info(struct: type[S], function: Any, *arguments: Any) -> S:
     """What a function fills in: an information struct, its last parameter."""
     filled = struct.new()
     check(function(*arguments, byref(filled)))
@@ -69,7 +76,7 @@ def info(struct: type, function: Any, *arguments: Any) -> Any:
 class Handle:
     """Owns a handle of the library, and frees it when nobody uses this object any more."""
 
-    def __init__(self, pointer: int, free: Any):
+    def __init__(self, pointer: int, free: Callable[[int], int]):
         self._handle: int | None = pointer
         self._free = free
         self._finalizer = weakref.finalize(self, free, pointer)
@@ -92,7 +99,7 @@ class Closable(Handle):
             self._finalizer.detach()
             self._handle = None
 
-    def __enter__(self):
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,7 +114,7 @@ class Lent:
         self.__array_interface__ = {"data": (address, True), "shape": shape, "typestr": kind, "version": 3}
 
 
-_DTYPES = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16, np.dtype(np.int64): Dtype.I64}
+_DTYPES: dict[np.dtype[Any], Dtype] = {np.dtype(np.float32): Dtype.F32, np.dtype(np.float16): Dtype.F16, np.dtype(np.int64): Dtype.I64}
 _KINDS = {number: kind.str for kind, number in _DTYPES.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from ctypes import POINTER, byref, c_char_p, c_float, c_uint32, cast
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from ._abi import (
     Role, Scope, Values, macula_concept_info, macula_concept_options, macula_layer, macula_layer_info, macula_overlap,
 )
-from ._library import Handle, check, info, library, receive, text
+from ._library import Handle, StrPath, check, info, library, receive, text
 from .options import choice
 
 
@@ -52,7 +51,7 @@ class Concept(Handle):
         self._info = info(macula_concept_info, library.macula_concept_get_info, pointer)
 
     @classmethod
-    def load(cls, file: str | os.PathLike) -> Concept:
+    def load(cls, file: StrPath) -> Concept:
         """Reads a concept file."""
         return cls(receive(library.macula_concept_load, text(file)))
 
@@ -108,7 +107,7 @@ class Concept(Handle):
                 one.values = cast(tuned.ctypes.data, POINTER(c_float))
         return cls(receive(library.macula_concept_create, made, len(made), byref(options)))
 
-    def save(self, file: str | os.PathLike) -> None:
+    def save(self, file: StrPath) -> None:
         """Writes a concept file, `*.safetensors`."""
         check(library.macula_concept_save(self.pointer, text(file)))
 
@@ -186,7 +185,7 @@ class Concept(Handle):
         """What one projection's neurons become, `float32`, in the order of `indices`: tuned values, or zeros."""
         return self._numbers(library.macula_concept_get_values, layer, np.float32, c_float)
 
-    def _numbers(self, copy, layer: int, dtype: type, c_type: type) -> np.ndarray:
+    def _numbers(self, copy: Any, layer: int, dtype: type, c_type: type) -> np.ndarray:
         count = self._layer(layer).neurons
         numbers = np.empty(max(count, 1), dtype=dtype)
         check(copy(self.pointer, layer, numbers.ctypes.data_as(POINTER(c_type)), count))
@@ -204,7 +203,7 @@ class Concept(Handle):
         for at in range(self._info.entry_count):
             key, value = c_char_p(), c_char_p()
             check(library.macula_concept_get_entry(self.pointer, at, byref(key), byref(value)))
-            entries[key.value.decode()] = value.value.decode()
+            entries[(key.value or b"").decode()] = (value.value or b"").decode()
         return entries
 
     def __or__(self, other: Concept) -> Concept:

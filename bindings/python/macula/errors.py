@@ -25,7 +25,7 @@ class OutOfMemory(MaculaError, MemoryError):
     """Memory could not be had."""
 
 
-_CLASSES = {
+_CLASSES: dict[int, type[MaculaError]] = {
     Status.INVALID_ARGUMENT: InvalidArgument,
     Status.CANCELLED: Cancelled,
     Status.OUT_OF_MEMORY: OutOfMemory,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_size_t, c_uint8, cast
+from typing import overload
 
 import numpy as np
 
 from ._abi import macula_image
-from ._library import Handle, check, library, receive, text
+from ._library import Handle, StrPath, check, library, receive, text
 from .jobs import picture
 
 
-class Images(Handle, Sequence):
+class Images(Handle, Sequence[np.ndarray]):
     """Pictures of one size, each an array `[H, W, 3]` that shares the library's memory and can't be written."""
 
     def __init__(self, pointer: int):
@@ -25,7 +25,13 @@ class Images(Handle, Sequence):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, at):
+    @overload
+    def __getitem__(self, at: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, at: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(at, slice):
             return [self[one] for one in range(*at.indices(self._count))]
         if not -self._count <= at < self._count:
@@ -34,7 +40,7 @@ class Images(Handle, Sequence):
         check(library.macula_images_get(self.pointer, at % self._count, byref(view)))
         return picture(self, view)
 
-    def save(self, at: int, file: str | os.PathLike) -> None:
+    def save(self, at: int, file: StrPath) -> None:
         """Writes one picture as a PNG file."""
         write_png(self[at], file)
 
@@ -52,13 +58,13 @@ def view(array: np.ndarray) -> macula_image:
     return made
 
 
-def read_image(file: str | os.PathLike, width: int, height: int) -> np.ndarray:
+def read_image(file: StrPath, width: int, height: int) -> np.ndarray:
     """Reads a PNG, JPEG or WebP file: upright, cropped around its centre to the wanted proportions, and scaled."""
     if not (0 < width < 2**32 and 0 < height < 2**32):
         raise ValueError(f"{width} x {height} is no size of a picture")
     return Images(receive(library.macula_images_read, text(file), width, height))[0]
 
 
-def write_png(array: np.ndarray, file: str | os.PathLike) -> None:
+def write_png(array: np.ndarray, file: StrPath) -> None:
     """Writes an array `[H, W, 3]` of bytes as a PNG file."""
     check(library.macula_image_write_png(byref(view(array)), text(file)))

@@ -77,15 +77,20 @@ def picture(owner: object, view: macula_image) -> np.ndarray:
     return np.asarray(Lent(owner, addressof(view.rgb.contents), (view.height, view.width, 3), "|u1"))
 
 
+def tqdm_bar() -> Any:
+    """The class of tqdm's bars."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as reason:
+        raise ImportError("progress=True needs tqdm: pip install macula[progress]") from reason
+    return tqdm
+
+
 class Bar:
     """Shows a job by tqdm, one bar a stage."""
 
     def __init__(self) -> None:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError as reason:
-            raise ImportError("progress=True needs tqdm: pip install macula[progress]") from reason
-        self._tqdm = tqdm
+        self._tqdm = tqdm_bar()
         self._stage: str | None = None
         self._bar: Any = None
 
@@ -93,6 +98,8 @@ class Bar:
         if progress.stage != self._stage:
             self.close()
             self._stage, self._bar = progress.stage, self._tqdm(total=progress.total, desc=progress.stage)
+        if progress.loss is not None:
+            self._bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
     def close(self) -> None:
@@ -110,10 +117,10 @@ def run(
     one answers Ctrl-C at once; `progress` is called on this one. Whatever is raised here stops the call first.
     """
     bar = Bar() if progress is True else None
-    listener = bar or progress or None
+    listener: Callable[[Progress], object] | None = progress if callable(progress) else bar
     token = cancel or CancelToken()
     options.cancel = token.pointer
-    asked: SimpleQueue = SimpleQueue()
+    asked: SimpleQueue[tuple[Progress, threading.Event] | None] = SimpleQueue()
     stopping = threading.Event()
 
     def tell(_: int, told: Any) -> int:
@@ -142,7 +149,8 @@ def run(
         while (question := asked.get()) is not None:
             told, answered = question
             try:
-                listener(told)
+                if listener:
+                    listener(told)
             finally:
                 told._told = None
             answered.set()

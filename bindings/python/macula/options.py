@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import Any, Mapping, TypedDict
 
 from . import _abi
-from ._library import text
+from ._library import StrPath, text
 
 
 class SessionOptions(TypedDict, total=False):
@@ -27,7 +27,7 @@ class SessionOptions(TypedDict, total=False):
     shrink_arena: bool
     arena_as_requested: bool
     memory_limit: int
-    cache_folder: str | os.PathLike
+    cache_folder: StrPath
     cache_limit: int
     convolution_search: _abi.ConvolutionSearch | str
     convolution_max_workspace: bool
@@ -35,8 +35,8 @@ class SessionOptions(TypedDict, total=False):
     fp16: bool
     builder_level: int
     max_workspace: int
-    engine_cache: str | os.PathLike
-    timing_cache: str | os.PathLike
+    engine_cache: StrPath
+    timing_cache: StrPath
 
 
 class DrawOptions(TypedDict, total=False):
@@ -86,6 +86,8 @@ class DiscoverOptions(TypedDict, total=False):
     searched: _abi.Searched | str
     save_memory: bool
     class_label: int
+    checkpoint: StrPath
+    preserve_weight: float
     tune_steps: int
     tune_rate: float
     values: _abi.Values | str

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ctypes import POINTER, byref, c_char_p, c_uint32, pointer
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Callable
 import numpy as np
 
 from ._abi import (
-    Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
+    Role, Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
     macula_layer_info, macula_memory_info, macula_pipeline_info, macula_pipeline_options, macula_session_options, macula_term,
 )
-from ._library import Closable, Handle, check, info, lent_array, library, numbers, receive, tensor, text
+from ._library import Closable, Handle, StrPath, check, info, lent_array, library, numbers, receive, tensor, text
 from .concepts import Concept, Layer
 from .images import Images, read_image, view
 from .jobs import CancelToken, Progress, run
@@ -84,7 +83,7 @@ class Pipeline(Closable):
     """An opened text-to-image model. It does one job at a time; a second one, from another thread, raises `BUSY`."""
 
     def __init__(
-        self, folder: str | os.PathLike, runtime: Runtime | None = None, **session: Unpack[SessionOptions]
+        self, folder: StrPath, runtime: Runtime | None = None, **session: Unpack[SessionOptions]
     ):
         """Opens a folder in the diffusers ONNX layout; see `SessionOptions` for how it is run."""
         run_by = macula_session_options.new()
@@ -200,12 +199,13 @@ class Pipeline(Closable):
 
     def discover(
         self,
-        pictures: Sequence[np.ndarray | str | os.PathLike],
+        pictures: Sequence[np.ndarray | StrPath],
         trigger: str,
         class_noun: str,
         *,
         prompts: Sequence[str] | None = None,
-        class_pictures: Sequence[np.ndarray | str | os.PathLike] = (),
+        class_pictures: Sequence[np.ndarray | StrPath] = (),
+        preserve: Sequence[str] = (),
         size: tuple[int, int] | None = None,
         progress: Callable[[Progress], object] | bool | None = None,
         cancel: CancelToken | None = None,
@@ -217,6 +217,8 @@ class Pipeline(Closable):
         - `trigger`: a single token of the tokenizer that stands for nothing yet; `class_noun`: what the subject is.
         - `prompts`: what each picture shows, with the trigger in it.
         - `class_pictures`: what must go on being drawn alike in global scope; without them the model draws its own.
+        - `preserve`: texts for which predictions are to stay as they are.
+        - `progress`, `cancel`: as for `draw`. With a `checkpoint`, the same search goes on where it was stopped.
         """
         wanted = macula_discover_options.new()
         fill(wanted, options, DiscoverOptions)
@@ -234,9 +236,8 @@ class Pipeline(Closable):
         if prompts is not None:
             if len(prompts) != len(views):
                 raise ValueError(f"{len(prompts)} prompts for {len(views)} pictures")
-            wanted.prompts = (c_char_p * len(prompts))(*map(text, prompts))
-        call = _receiving(library.macula_discover, self.pointer, byref(wanted))
-        return Concept(run(call, wanted, progress, cancel))
+            wanted.prompts, wanted.prompt_count = _texts(prompts), len(prompts)
+        return self._discovered(wanted, preserve, progress, cancel)
 
     def discover_encoded(
         self,
@@ -266,8 +267,35 @@ class Pipeline(Closable):
         wanted.class_latents, wanted.class_context = numbers(class_latents), numbers(class_context)
         wanted.embedding = embedding.pointer if embedding else None
         wanted.trigger, wanted.class_noun = text(trigger), text(class_noun)
-        call = _receiving(library.macula_discover, self.pointer, byref(wanted))
-        return Concept(run(call, wanted, progress, cancel))
+        return self._discovered(wanted, (), progress, cancel)
+
+    def discover_erasing(
+        self,
+        word: str,
+        anchors: Mapping[str, str],
+        *,
+        preserve: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[DiscoverOptions],
+    ) -> Concept:
+        """Finds the neurons that carry a word, for `ablate`; see `DiscoverOptions`.
+
+        - `word`: the word to forget, or words in a row.
+        - `anchors`: prompts with the word, and what each is to mean afterwards:
+          `{"a tiger on the grass": "an animal on the grass"}`.
+        - `preserve`: texts for which predictions are to stay as they are.
+        - `size`: width and height of the pictures that the model draws to learn from.
+        - `progress`, `cancel`: as for `draw`. With a `checkpoint`, the same search goes on where it was stopped.
+        """
+        wanted = macula_discover_options.new()
+        fill(wanted, options, DiscoverOptions)
+        wanted.role, wanted.trigger = Role.ERASE, text(word)
+        wanted.prompts, wanted.anchors = _texts(anchors.keys()), _texts(anchors.values())
+        wanted.prompt_count = len(anchors)
+        wanted.width, wanted.height = size or (0, 0)
+        return self._discovered(wanted, preserve, progress, cancel)
 
     def encode_prompt(self, prompt: str, cancel: CancelToken | None = None) -> Embedding:
         """Encodes a prompt of any length."""
@@ -310,6 +338,17 @@ class Pipeline(Closable):
         check(library.macula_pipeline_denoise(self.pointer, byref(inputs), byref(tensor(out))))
         return out
 
+    def _discovered(
+        self,
+        wanted: macula_discover_options,
+        preserve: Sequence[str],
+        progress: Callable[[Progress], object] | bool | None,
+        cancel: CancelToken | None,
+    ) -> Concept:
+        wanted.preserve, wanted.preserve_count = _texts(preserve), len(preserve)
+        call = _receiving(library.macula_discover, self.pointer, byref(wanted))
+        return Concept(run(call, wanted, progress, cancel))
+
     def _info(self) -> macula_pipeline_info:
         return info(macula_pipeline_info, library.macula_pipeline_get_info, self.pointer)
 
@@ -321,6 +360,10 @@ class Pipeline(Closable):
 
 def _receiving(function: Any, *arguments: Any) -> Callable[[], int]:
     return lambda: receive(function, *arguments)
+
+
+def _texts(texts: Collection[str]) -> Any:
+    return (c_char_p * len(texts))(*map(text, texts))
 
 
 def _terms(terms: Sequence[Concept | Term]) -> Any:

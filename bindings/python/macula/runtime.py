@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
+from ctypes import byref
 from typing import Callable
 
 from ._abi import LogLevel, macula_log_fn, macula_runtime_info, macula_runtime_options
-from ._library import Closable, byref, info, library, receive, text
+from ._library import Closable, StrPath, info, library, receive, text
 from .options import choice
 
-_LEVELS = {
+_LEVELS: dict[int, int] = {
     LogLevel.ERROR: logging.ERROR,
     LogLevel.WARNING: logging.WARNING,
     LogLevel.INFO: logging.INFO,
@@ -35,7 +35,7 @@ class Runtime(Closable):
 
     def __init__(
         self,
-        library: str | os.PathLike | None = None,
+        library: StrPath | None = None,
         *,
         log: Callable[[int, str, str], None] = _to_logging,
         log_level: LogLevel | str = LogLevel.WARNING,

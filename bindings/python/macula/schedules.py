@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from ctypes import byref, c_double
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from ._abi import (
     macula_choose_options, macula_component_info, macula_image, macula_schedule_info, macula_trajectory_info,
     macula_trajectory_options,
 )
-from ._library import Closable, Handle, check, info, library, numbers, receive, tensor, text
+from ._library import Closable, Handle, StrPath, check, info, library, numbers, receive, tensor, text
 from .images import view
 from .options import TrajectoryOptions, fill
 
@@ -33,7 +32,7 @@ class Schedule(Handle):
         self._info = info(macula_schedule_info, library.macula_schedule_get_info, pointer)
 
     @classmethod
-    def from_json(cls, fields: str | dict) -> Schedule:
+    def from_json(cls, fields: str | dict[str, Any]) -> Schedule:
         """Reads a schedule, given as text or as its fields; `macula_schedule_from_json` has their names and ranges."""
         words = fields if isinstance(fields, str) else json.dumps(fields)
         return cls(receive(library.macula_schedule_from_json, text(words)))
@@ -48,7 +47,7 @@ class Schedule(Handle):
         drop_error: float = 1e-3,
         attenuation: tuple[float, float] = (0.1, 2.0),
         stage_costs: Sequence[float] | None = None,
-        plot: str | os.PathLike | None = None,
+        plot: StrPath | None = None,
     ) -> tuple[Schedule, float]:
         """The earliest turning points within a budget, and the cost of a walk over all times as a share of the plain one's.
 
@@ -73,7 +72,7 @@ class Schedule(Handle):
         return cls(chosen), cost.value
 
     @property
-    def fields(self) -> dict:
+    def fields(self) -> dict[str, Any]:
         """What `from_json` reads as this schedule."""
         return json.loads(self._info.json)
 
