@@ -42,7 +42,7 @@ fn build(bench: &Bench, standard: &str, flags: &[&str]) -> PathBuf {
 fn host(bench: &Bench, program: &Path) -> Command {
     support::onnxruntime();
     let mut command = Command::new(program);
-    command.arg(root().join("models/emoji/onnx")).arg(bench.folder());
+    command.arg(root().join("models/emoji/onnx")).arg(root().join("models/emoji/subjects/octopus")).arg(bench.folder());
     command
 }
 
@@ -72,8 +72,23 @@ fn the_program_on_the_opening_page_compiles() {
 #[test]
 fn a_cpp_host_draws() {
     let bench = Bench::new();
-    let output = c::succeed(&mut host(&bench, &build(&bench, "c++17", &[])));
+    let program = build(&bench, "c++17", &[]);
+    let output = c::succeed(&mut host(&bench, &program));
     assert!(output.stdout.is_empty() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    the_header_reaches_every_export(&program);
+}
+
+/// The host calls nothing but the header, whose functions are compiled only where they are called: what it leaves to the
+/// library is what the header covers, and what was tried.
+fn the_header_reaches_every_export(program: &Path) {
+    let source = std::fs::read_to_string(root().join("tests/cpp/host.cpp")).unwrap();
+    let undefined = String::from_utf8(c::succeed(Command::new("nm").arg("-u").arg(program)).stdout).unwrap();
+    let reached: Vec<&str> = undefined.split_whitespace().filter(|name| name.starts_with("macula_")).collect();
+    let exports = std::fs::read_to_string(root().join("include/exports.txt")).unwrap();
+    for name in exports.lines() {
+        assert!(!source.contains(&format!("{name}(")), "tests/cpp/host.cpp calls {name} without the header");
+        assert!(reached.contains(&name), "macula.hpp, or its host tests/cpp/host.cpp, does without {name}");
+    }
 }
 
 /// Memory errors, leaks and undefined behaviour of the header. What the library itself keeps until the process ends is

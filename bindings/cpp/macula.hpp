@@ -552,6 +552,98 @@ struct Term : macula_term {
 static_assert(sizeof(Term) == sizeof(macula_term), "terms are handed to C as they lie");
 
 /* ==============================================================================================================
+ * Schedules
+ * ============================================================================================================== */
+
+/** How a schedule is walked. */
+struct TrajectoryOptions : macula_trajectory_options {
+  TrajectoryOptions() : macula_trajectory_options MACULA_TRAJECTORY_OPTIONS_INIT {}
+};
+
+/** What turning points are chosen by; `Pipeline::choose_schedule` takes the pictures. */
+struct ChooseOptions : macula_choose_options {
+  ChooseOptions() : macula_choose_options MACULA_CHOOSE_OPTIONS_INIT {}
+};
+
+/** What some steps need or give besides states and prediction; NULL for what is not there. */
+struct StepExtras {
+  /** Standard normal noise of the state's size, if the step `needs_noise`. */
+  const macula_tensor *noise = nullptr;
+  /** Standard normal noise of the next size, if the step `lifts`. */
+  const macula_tensor *lift_noise = nullptr;
+  /** Receives the clean state as it is predicted now. */
+  const macula_tensor *out_clean = nullptr;
+};
+
+/** A walk from noise to clean states, for hosts with a sampler loop of their own. One call at a time. */
+class Trajectory : public detail::Owner<macula_trajectory, macula_trajectory_free> {
+ public:
+  /** Where it is, and what its coming step needs. */
+  Result<macula_trajectory_info> info() const {
+    macula_trajectory_info info = MACULA_TRAJECTORY_INFO_INIT;
+    macula_status status = macula_trajectory_get_info(get(), &info);
+    return detail::outcome(status, info);
+  }
+
+  /** The state before the first step, written to the memory of `out`; `clean` is what a later first step starts from. */
+  Result<void> start(const macula_tensor &noise, const macula_tensor &out, const macula_tensor *clean = nullptr) const {
+    return detail::outcome(macula_trajectory_start(get(), &noise, clean, &out));
+  }
+
+  /** Takes the coming step; the next state is written to the memory of `out`. */
+  Result<void> step(const macula_tensor &sample, const macula_tensor &prediction, const macula_tensor &out,
+                    const StepExtras &extras = {}) {
+    return detail::outcome(macula_trajectory_step(get(), &sample, &prediction, extras.noise, extras.lift_noise, &out,
+                                                  extras.out_clean));
+  }
+
+ private:
+  friend class Schedule;
+  using Owner::Owner;
+};
+
+/** A decomposed process; `options.schedule = schedule.get()` draws with it. It never changes. */
+class Schedule : public detail::Owner<macula_schedule, macula_schedule_free> {
+ public:
+  static Result<Schedule> from_json(const std::string &json) {
+    macula_schedule *made = nullptr;
+    macula_status status = macula_schedule_from_json(json.c_str(), &made);
+    return detail::outcome(status, Schedule(made));
+  }
+
+  /** What it is; the text stays while this lives. */
+  Result<macula_schedule_info> info() const {
+    macula_schedule_info info = MACULA_SCHEDULE_INFO_INIT;
+    macula_status status = macula_schedule_get_info(get(), &info);
+    return detail::outcome(status, info);
+  }
+
+  Result<macula_stage_info> stage(std::size_t at) const {
+    macula_stage_info info = MACULA_STAGE_INFO_INIT;
+    macula_status status = macula_schedule_get_stage(get(), at, &info);
+    return detail::outcome(status, info);
+  }
+
+  /** One component, the finest first, at a time from 1 on. */
+  Result<macula_component_info> component(std::size_t at, std::size_t time) const {
+    macula_component_info info = MACULA_COMPONENT_INFO_INIT;
+    macula_status status = macula_schedule_get_component(get(), at, time, &info);
+    return detail::outcome(status, info);
+  }
+
+  /** Begins to walk it; the schedule may end before the walk. */
+  Result<Trajectory> begin(const TrajectoryOptions &options = {}) const {
+    macula_trajectory *made = nullptr;
+    macula_status status = macula_schedule_begin(get(), &options, &made);
+    return detail::outcome(status, Trajectory(made));
+  }
+
+ private:
+  friend class Pipeline;
+  using Owner::Owner;
+};
+
+/* ==============================================================================================================
  * Pipelines
  * ============================================================================================================== */
 
@@ -650,6 +742,39 @@ class Pipeline : public detail::Owner<macula_pipeline, macula_pipeline_free> {
     return Images::adopt(made);
   }
 
+  /** The schedule that its model was trained for; `NOT_FOUND` if the folder has none. */
+  Result<Schedule> schedule() const {
+    macula_schedule *made = nullptr;
+    macula_status status = macula_pipeline_get_schedule(get(), &made);
+    return detail::outcome(status, Schedule(made));
+  }
+
+  /**
+   * Whether a schedule can be walked for pictures of a size (0: the model's own), `batch` states at once (0: one); readies
+   * the provider for it.
+   */
+  Result<void> check(const Schedule &schedule, std::uint32_t width = 0, std::uint32_t height = 0,
+                     std::uint32_t batch = 0, const CancelToken *cancel = nullptr) {
+    return detail::outcome(
+        macula_schedule_check(schedule.get(), get(), width, height, batch, cancel ? cancel->get() : nullptr));
+  }
+
+  /** A schedule, and what a walk over all times is predicted to cost, as a share of the plain one's. */
+  struct Choice {
+    Schedule schedule;
+    double cost;
+  };
+
+  /** Chooses turning points from pictures like those that the model draws. */
+  Result<Choice> choose_schedule(Span<const macula_image> pictures, ChooseOptions options = {}) const {
+    options.pictures = pictures.data();
+    options.picture_count = pictures.size();
+    macula_schedule *made = nullptr;
+    double cost = 0;
+    macula_status status = macula_schedule_choose(get(), &options, &cost, &made);
+    return detail::outcome(status, Choice{Schedule(made), cost});
+  }
+
   /** Finds the neurons of a subject from pictures of it, all of one size. */
   Result<Concept> discover(Span<const macula_image> pictures, const std::string &trigger, const std::string &class_noun,
                            DiscoverOptions options = {}, const Progress &progress = {}) {
@@ -684,6 +809,9 @@ class Pipeline : public detail::Owner<macula_pipeline, macula_pipeline_free> {
 
 /** The version of the library that is loaded, e.g. `"0.1.0"`. */
 inline const char *version() noexcept { return macula_version_string(); }
+
+/** The same as one number that grows: `major * 1000000 + minor * 1000 + patch`. */
+inline std::uint32_t version_number() noexcept { return macula_version_number(); }
 
 /** The name of a status, e.g. `"MACULA_STATUS_NOT_FOUND"`. */
 inline const char *name(macula_status status) noexcept { return macula_status_name(status); }

@@ -1,4 +1,5 @@
-/* A C++ host that uses every part of macula.hpp with a real model. Arguments: a model folder, a folder to write in. */
+/* A C++ host that uses every part of macula.hpp with a real model. Arguments: a model folder with a decomposed process, a
+   folder of four pictures, a folder to write in. */
 #include <macula.hpp>
 
 #include <algorithm>
@@ -18,13 +19,14 @@
     }                                                                                    \
   } while (0)
 
-using macula::Concept, macula::Flow, macula::Images, macula::Pipeline, macula::Runtime;
+using macula::Concept, macula::Flow, macula::Images, macula::Pipeline, macula::Runtime, macula::Schedule,
+    macula::Trajectory;
 
 template <class... T>
 constexpr bool move_only =
     ((std::is_nothrow_move_constructible_v<T> && std::is_nothrow_move_assignable_v<T> &&
       !std::is_copy_constructible_v<T> && !std::is_copy_assignable_v<T>)&&...);
-static_assert(move_only<Runtime, Pipeline, Concept, macula::Embedding, macula::CancelToken>);
+static_assert(move_only<Runtime, Pipeline, Concept, Schedule, Trajectory, macula::Embedding, macula::CancelToken>);
 static_assert(std::is_move_constructible_v<Images> && !std::is_copy_constructible_v<Images>);
 
 static macula::DrawOptions quick() {
@@ -169,6 +171,57 @@ static void single_steps_are_denoised(Pipeline &pipeline) {
   CHECK(pipeline.memory()->weights > 0);
 }
 
+/* The model's own decomposed process is drawn with, and walked by a loop of the host's own. */
+static void schedules_are_read_and_walked(Pipeline &pipeline) {
+  Schedule schedule = pipeline.schedule().value();
+  macula_schedule_info info = schedule.info().value();
+  CHECK(info.stage_count > 1 && Schedule::from_json(info.json)->info()->stage_count == info.stage_count);
+  CHECK(Schedule::from_json("{").error().status == MACULA_STATUS_INVALID_FILE);
+  CHECK(schedule.stage(0)->first_time == 0 && schedule.stage(info.stage_count).error().status == MACULA_STATUS_INVALID_ARGUMENT);
+  CHECK(schedule.component(0, 200)->signal < schedule.component(info.stage_count - 1, 200)->signal);
+  pipeline.check(schedule).value();
+  macula::DrawOptions options = quick();
+  options.steps = 4;
+  auto plain = pixels(pipeline.draw("a cat", options).value());
+  options.schedule = schedule.get();
+  CHECK(pixels(pipeline.draw("a cat", options).value()) != plain);
+
+  macula::TrajectoryOptions walk;
+  walk.steps = options.steps;
+  Trajectory trajectory = schedule.begin(walk).value();
+  schedule.close().value();
+  std::vector<float> state(3 * 64 * 64, 0.5f), clean(state.size()), noise(state.size(), 0.5f);
+  auto part = [](std::vector<float> &numbers, std::size_t height, std::size_t width) {
+    return macula::output_tensor(macula::Span<float>(numbers.data(), 3 * height * width),
+                                 {1, 3, static_cast<std::int64_t>(height), static_cast<std::int64_t>(width)});
+  };
+  macula_trajectory_info at = trajectory.info().value();
+  trajectory.start(part(noise, at.height, at.width), part(state, at.height, at.width)).value();
+  for (; !at.done; at = trajectory.info().value()) {
+    macula_tensor now = part(state, at.height, at.width), lift = part(noise, at.next_height, at.next_width);
+    macula_tensor shown = part(clean, at.height, at.width);
+    macula::StepExtras extras;
+    extras.lift_noise = at.lifts ? &lift : nullptr;
+    extras.out_clean = &shown;
+    trajectory.step(now, now, part(state, at.next_height, at.next_width), extras).value();
+  }
+  CHECK(at.width == 64 && at.step == at.step_count);
+  CHECK(trajectory.step(part(state, 64, 64), part(state, 64, 64), part(state, 64, 64)).error().status ==
+        MACULA_STATUS_INVALID_ARGUMENT);
+}
+
+static void turning_points_are_chosen(const Pipeline &pipeline, const std::string &pictures) {
+  std::vector<Images> read;
+  std::vector<macula_image> views;
+  for (const char *name : {"/1.png", "/2.png", "/3.png", "/4.png"}) {
+    read.push_back(Images::read(pictures + name, 64, 64).value());
+    views.push_back(read.back()[0]);
+  }
+  Pipeline::Choice choice = pipeline.choose_schedule(views).value();
+  CHECK(choice.cost > 0 && choice.cost < 1 && choice.schedule.info()->stage_count > 1);
+  CHECK(pipeline.choose_schedule({}).error().status == MACULA_STATUS_INVALID_ARGUMENT);
+}
+
 static void pictures_are_written_and_read(Pipeline &pipeline, const std::string &folder) {
   macula::DrawOptions two = quick();
   two.batch = 2;
@@ -195,8 +248,8 @@ static void a_search_takes_pictures_and_stops(Pipeline &pipeline) {
 }
 
 int main(int argc, char **argv) {
-  CHECK(argc == 3);
-  std::string model = argv[1], folder = argv[2];
+  CHECK(argc == 4);
+  std::string model = argv[1], pictures = argv[2], folder = argv[3];
   std::atomic<int> heard{0};
   macula::RuntimeOptions options;
   options.log_level = MACULA_LOG_DEBUG;
@@ -212,6 +265,8 @@ int main(int argc, char **argv) {
   a_token_stops_from_another_thread(pipeline);
   concepts_compose_and_clear(pipeline, folder);
   single_steps_are_denoised(pipeline);
+  schedules_are_read_and_walked(pipeline);
+  turning_points_are_chosen(pipeline, pictures);
   pictures_are_written_and_read(pipeline, folder);
   a_search_takes_pictures_and_stops(pipeline);
   CHECK(heard > 0);
@@ -221,4 +276,6 @@ int main(int argc, char **argv) {
   CHECK(heard == before);
   CHECK(!std::strcmp(macula::name(MACULA_STATUS_BUSY), "MACULA_STATUS_BUSY") && *macula::meaning(MACULA_STATUS_BUSY));
   CHECK(std::string(macula::version()).find('.') != std::string::npos);
+  CHECK(macula::version_number() ==
+        MACULA_VERSION_MAJOR * 1000000u + MACULA_VERSION_MINOR * 1000u + MACULA_VERSION_PATCH);
 }
