@@ -60,7 +60,7 @@ pub fn run(what: What, full: bool) -> Result<()> {
     step(script, evaluate)
 }
 
-/// Runs the hosts' scripts, one after the other. One that is not there leaves its figures out, and makes this fail in the end.
+/// Runs the hosts' scripts, one after the other.
 fn hosts() -> Result<()> {
     build()?;
     let script = |script: &str| -> Result<_> {
