@@ -29,7 +29,8 @@ class ChangedWeights(WeightAdapterBase):
             raise ValueError(f"{key} is {list(weight.shape)}, the concept was found on {list(shape)}")
         entries = indices.to(weight.device)
         flat = weight.reshape(-1)
-        flat[entries] = flat[entries] * (1.0 - strength) + values.to(weight.device, weight.dtype) * strength
+        changed = flat.index_select(0, entries) * (1.0 - strength) + values.to(weight.device, weight.dtype) * strength
+        flat.index_copy_(0, entries, changed)
         return flat.reshape(weight.shape)
 
 
