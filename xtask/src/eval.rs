@@ -1,5 +1,6 @@
 //! `cargo xtask eval`: measurements of quality on the shipped model, and of what hosts pay for the library.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Result;
@@ -25,8 +26,8 @@ pub enum What {
     Hosts,
 }
 
-/// Scripts that print figures, one for each kind of host.
-const HOSTS: [&str; 2] = ["bindings/python/evaluate.py", "bindings/comfyui/evaluate.py"];
+/// Scripts that print figures, one for each kind of host. They are given the folder of a UNet of Stable Diffusion 1.5's size.
+const HOSTS: [&str; 2] = ["bindings/python/evaluate.py", "tests/python/comfyui_evaluate.py"];
 
 /// Runs one measurement; `full` takes larger samples.
 pub fn run(what: What, full: bool) -> Result<()> {
@@ -63,12 +64,25 @@ pub fn run(what: What, full: bool) -> Result<()> {
 /// Runs the hosts' scripts, one after the other.
 fn hosts() -> Result<()> {
     build()?;
+    let model = full_size_model()?;
     let script = |script: &str| -> Result<_> {
         let mut evaluate = Command::new(python::environment()?);
-        with_package(evaluate.current_dir(root()).arg(script))?;
+        with_package(evaluate.current_dir(root()).arg(script).arg(&model))?;
         Ok((script.to_owned(), evaluate))
     };
     figures::measure(HOSTS.into_iter().map(script).collect::<Result<_>>()?, "hosts.json")
+}
+
+/// The folder of Stable Diffusion 1.5's UNet with random weights, exported once: the benchmarks use the same.
+fn full_size_model() -> Result<PathBuf> {
+    let folder = root().join("target/fixtures/sd15-full-size");
+    if !folder.exists() {
+        let export = &mut Command::new(python::environment()?);
+        export.current_dir(root()).arg("tests/python/export_unets.py");
+        export.args(["sd15", "--exporter", "torchscript17", "--out"]).arg(&folder);
+        step("export a UNet of Stable Diffusion 1.5's size (3.4 GB)", export)?;
+    }
+    Ok(folder)
 }
 
 fn build() -> Result<()> {
