@@ -123,7 +123,7 @@ fn scripts_draw_images_and_layers() {
             save("image", "layer", &layer)
         ),
     ];
-    let output = c::succeed(&mut gimp(Command::new("gimp-console-2.10"), "headless", &scripts).arg("--no-interface"));
+    let output = c::succeed(gimp(Command::new("gimp-console-2.10"), "headless", &scripts).arg("--no-interface"));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains(&format!("layer at 18 8 position 0 same {PROMPT}")), "{said}");
     assert!(read(&new) == drawn(PROMPT, 6, 4.0, 7, &two), "the new image is not what the library draws");
@@ -149,7 +149,7 @@ fn mistakes_are_messages_of_gimp() {
         call("-1", &model(), &[], 2).replace(&format!("{PROMPT:?}"), "(make-string 1024 #\\a)"),
         format!("(let ((made {})) {})", call("-1", &model(), &[], 2), save("(car made)", "(cadr made)", &after)),
     ];
-    let output = c::succeed(&mut gimp(Command::new("gimp-console-2.10"), "mistakes", &scripts).arg("--no-interface"));
+    let output = c::succeed(gimp(Command::new("gimp-console-2.10"), "mistakes", &scripts).arg("--no-interface"));
     let said = String::from_utf8_lossy(&output.stderr);
     let failed: Vec<&str> = said.lines().filter(|line| line.contains("rocedure execution of macula-draw")).collect();
     let expected = [

@@ -11,7 +11,7 @@ mod screen;
 mod support;
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
@@ -286,7 +286,7 @@ fn cancel_ends_a_long_draw(studio: &Studio) {
     studio.click("cancel");
     studio.rests(10);
     let took = pressed.elapsed().as_millis();
-    writeln!(std::io::stderr(), "studio: {took} ms from the hand on Cancel to rest, 210 of them the hand's").unwrap();
+    screen::say(&format!("studio: {took} ms from the hand on Cancel to rest, 210 of them the hand's"));
     assert_eq!((studio.fact("message").as_str(), studio.fact("pictures").as_str()), ("ok Cancelled", "1"));
     assert!(studio.said.lock().unwrap().course.last().unwrap().0 < 50, "the draw went on");
 }
@@ -331,13 +331,13 @@ fn frames_come_in_time(studio: &Studio) {
         let percent = share * 100.0;
         let report =
             format!("drawing {}; at rest {}; others had {percent:.0} % of the processors", told(drawing), told(idle));
-        writeln!(std::io::stderr(), "studio: {report}").unwrap();
+        screen::say(&format!("studio: {report}"));
         if drawing.longest <= LONGEST_FRAME {
             return;
         }
         assert!(share > 0.1 || idle.longest > LONGEST_FRAME, "{report}");
     }
-    writeln!(std::io::stderr(), "studio: no quiet moment; whether frames come in time was not told").unwrap();
+    screen::say("studio: no quiet moment; whether frames come in time was not told");
 }
 
 #[test]

@@ -1,3 +1,4 @@
+/* The dialog: a form, a preview, and a thread that draws; see dialog.h. Only the window's thread calls GIMP. */
 #include "dialog.h"
 
 #include <libgimp/gimp.h>

@@ -1,3 +1,4 @@
+/* All that the plug-in asks of Macula; see painter.h. */
 #include "painter.h"
 
 #include <string.h>

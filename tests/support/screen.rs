@@ -13,8 +13,13 @@ use tempfile::TempDir;
 
 use crate::{c, support};
 
+/// Writes a line for whoever runs the tests; the harness keeps what `eprintln!` writes to itself when a test passes.
+pub fn say(line: &str) {
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).expect("a line");
+}
+
 /// Whether this machine lacks something that a test needs: programs, or packages of pkg-config, each with the Debian
-/// package that brings it. If so, says it in a line that the test harness does not swallow.
+/// package that brings it. If so, says it.
 pub fn lacks(test: &str, programs: &[(&str, &str)], packages: &[(&str, &str)]) -> bool {
     let found = |program: &str| {
         let path = std::env::var_os("PATH").unwrap_or_default();
@@ -27,8 +32,7 @@ pub fn lacks(test: &str, programs: &[(&str, &str)], packages: &[(&str, &str)]) -
     missing.extend(packages.iter().filter(|(name, _)| !known(name)).map(|(_, package)| *package));
     missing.dedup();
     if !missing.is_empty() {
-        let line = format!("SKIPPED {test}: not on this machine; apt-get install {}", missing.join(" "));
-        writeln!(std::io::stderr(), "{line}").expect("a line");
+        say(&format!("SKIPPED {test}: not on this machine; apt-get install {}", missing.join(" ")));
     }
     !missing.is_empty()
 }

@@ -1,3 +1,4 @@
+/* The window to choose a folder or a file in; see browser.hpp. Folders are read when they are entered, not in each frame. */
 #include "browser.hpp"
 
 #include "theme.hpp"

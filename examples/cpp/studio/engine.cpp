@@ -1,8 +1,10 @@
+/* The jobs, and the one thread that does them; see engine.hpp. This is all that the program asks of Macula. */
 #include "engine.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <cctype>
+#include <chrono>
+#include <cstdio>
 #include <filesystem>
 #include <limits>
 

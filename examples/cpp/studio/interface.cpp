@@ -1,3 +1,4 @@
+/* What is where in the window, from left to right; see interface.hpp. */
 #include "interface.hpp"
 
 #include "theme.hpp"
@@ -6,7 +7,9 @@
 #include <imgui_stdlib.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 #include <random>
 

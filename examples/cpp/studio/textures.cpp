@@ -1,3 +1,4 @@
+/* Pictures on the graphics card, by OpenGL; see textures.hpp. */
 #include "textures.hpp"
 
 #include <SDL_opengl.h>

@@ -1,3 +1,4 @@
+/* Fonts by fontconfig and FreeType, and the style of Dear ImGui; see theme.hpp. */
 #include "theme.hpp"
 
 #include <fontconfig/fontconfig.h>

@@ -1,3 +1,4 @@
+/* Facts for a program that drives this one, a line each; see trace.hpp. */
 #include "trace.hpp"
 
 #include <algorithm>
