@@ -36,7 +36,7 @@ def home():
     """The folder with `ComfyUI` and `packages`; made if it is not there."""
     target = ROOT / "target"
     target.mkdir(exist_ok=True)
-    key = hashlib.sha256(REQUIREMENTS.read_bytes() + SHA256.encode()).hexdigest()[:12]
+    key = hashlib.sha256(REQUIREMENTS.read_bytes() + (SHA256 + sys.version).encode()).hexdigest()[:12]
     folder = target / f"comfyui-{key}"
     if folder.exists():
         return folder

@@ -1,7 +1,8 @@
 """Tests of the nodes in a running ComfyUI, driven by HTTP and websocket as its page does; every picture is held against the
 library called directly.
 
-Arguments: the repository, ComfyUI's folder, a folder to write in; then those of unittest. The packages of ComfyUI must be importable.
+Arguments: the repository, ComfyUI's folder, a folder to write in; then those of unittest. The packages of ComfyUI must be
+importable.
 """
 
 import contextlib
@@ -412,7 +413,8 @@ class Nodes(unittest.TestCase):
         graph["split"] = ["SplitSigmas", {"sigmas": ("process", 1), "step": total - 2}]
         graph["again"] = ["SamplerCustom", {**given, "sigmas": ("split", 1), "latent_image": ("sampler", 0)}]
         graph |= shown(("again", 0))
-        self.assert_drawn(self.server.pictures(self.server.run(graph)), as_pictures(self.walked(prompt, steps, total - 2, state)))
+        again = self.server.pictures(self.server.run(graph))
+        self.assert_drawn(again, as_pictures(self.walked(prompt, steps, total - 2, state)))
         graph["again"][1]["sigmas"] = ("split", 0)
         name, content = self.server.outcome(self.server.queue(graph))
         self.assertEqual(name, "execution_error")
