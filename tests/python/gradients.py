@@ -126,12 +126,13 @@ row("", "Selu", [X(3, 5, kinks=[0])], F.selu)
 row("", "Celu", [X(3, 5, kinks=[0])], lambda x: F.celu(x, 0.7), alpha=0.7)
 row("", "ThresholdedRelu", [X(3, 5, kinks=[0.5])], lambda x: torch.where(x > 0.5, x, 0 * x), alpha=0.5)
 row("", "HardSigmoid", [X(3, 5, low=-5, high=5, kinks=[-2.5, 2.5])], lambda x: (0.2 * x + 0.5).clamp(0, 1))
+row("of a sixth", "HardSigmoid", [X(3, 5, low=-5, high=5, kinks=[-3, 3])], lambda x: (x / 6 + 0.5).clamp(0, 1), alpha=1 / 6, beta=0.5)
 row("", "HardSwish", [X(3, 5, low=-5, high=5, kinks=[-3, 3])], F.hardswish)
 row("", "Clip", [X(3, 5, kinks=[-1, 1]), Fixed(-1), Fixed(1)], lambda x: x.clamp(-1, 1))
 row("below only", "Clip", [X(3, 5, kinks=[-1]), Fixed(-1)], lambda x: x.clamp(min=-1))
 row("above only", "Clip", [X(3, 5, kinks=[1]), None, Fixed(1)], lambda x: x.clamp(max=1))
 row("", "Mish", [X(3, 5)], F.mish, opset=18)
-row("", "Gelu", [X(3, 5)], F.gelu, opset=20, evaluator="single")
+row("", "Gelu", [X(3, 5)], F.gelu, opset=20, evaluator="single", half=True)
 row("tanh", "Gelu", [X(3, 5)], lambda x: F.gelu(x, approximate="tanh"), opset=20, approximate="tanh")
 row("", "Swish", [X(3, 5)], lambda x: x * torch.sigmoid(1.3 * x), opset=24, alpha=1.3)
 row("to f64", "Cast", [X(3, 5)], lambda x: x + 0, to=TensorProto.DOUBLE)
@@ -311,6 +312,11 @@ for equation, shapes in [
     ("ij,k->i", [(2, 3), (4,)]), ("bhwc,hkc->bhwk", [(2, 3, 4, 2), (3, 5, 2)]), ("ij,jk", [(2, 3), (3, 4)]), ("ba,b", [(2, 3), (2,)]),
 ]:
     row(equation, "Einsum", [X(*shape) for shape in shapes], lambda *x, e=equation: torch.einsum(e, *x), equation=equation)
+for equation, shapes in [
+    ("...ij,...jk->...ik", [(2, 3, 4), (2, 4, 2)]), ("b...i,ij->b...j", [(2, 3, 5, 4), (4, 2)]), ("i...,i->...", [(2, 3), (2,)]),
+    ("...i,...i", [(2, 3, 4), (2, 3, 4)]),
+]:
+    row(equation, "Einsum", [X(*shape) for shape in shapes], lambda *x, e=equation: torch.einsum(e, *x), equation=equation, evaluator=False)
 row("where sizes vary", "Einsum", [X(2, 3, 4, varied=(3, 5, 4)), X(2, 6, 4, varied=(3, 2, 4))], lambda *x: torch.einsum("bid,bjd->bij", *x), equation="b i d, b j d -> b i j")
 
 
@@ -386,7 +392,7 @@ def channels(v, x):
 
 row("", "InstanceNormalization", [X(2, 3, 4, 5, varied=(1, 3, 3, 5)), W(3), W(3)], lambda x, s, b: normal(x, (2, 3), 1e-5) * channels(s, x) + channels(b, x))
 row("plain", "InstanceNormalization", [X(2, 3, 8), Fixed([1] * 3), Fixed([0] * 3)], lambda x: normal(x, (2,), 1e-3), opset=22, epsilon=1e-3, half=True)
-row("", "GroupNormalization", [X(2, 4, 3, 5, varied=(1, 4, 2, 5)), W(4), W(4)], lambda x, s, b: normal(x.reshape(x.shape[0], 2, -1), (2,), 1e-5).reshape(x.shape) * channels(s, x) + channels(b, x), opset=21, num_groups=2, evaluator="single")
+row("", "GroupNormalization", [X(2, 4, 3, 5, varied=(1, 4, 2, 5)), W(4), W(4)], lambda x, s, b: normal(x.reshape(x.shape[0], 2, -1), (2,), 1e-5).reshape(x.shape) * channels(s, x) + channels(b, x), opset=21, num_groups=2, evaluator="single", half=True)
 row("", "LayerNormalization", [X(2, 3, 8, varied=(4, 2, 8)), W(8), W(8)], lambda x, s, b: normal(x, (-1,), 1e-5) * s + b, half=True)
 row("of two axes", "LayerNormalization", [X(2, 3, 4), W(3, 4)], lambda x, s: normal(x, (-2, -1), 1e-3) * s, axis=1, epsilon=1e-3)
 row("", "RMSNormalization", [X(2, 3, 8, varied=(4, 2, 8)), W(8)], lambda x, s: x / ((x * x).mean(-1, keepdim=True) + 1e-5).sqrt() * s, opset=23)
@@ -431,6 +437,14 @@ for what, x, kernel, more in [
     row(what, "AveragePool", [X(*x)], lambda x, k=kernel, m=more: average_pool(x, k, **m), kernel_shape=kernel, **more)
     if "padded" in what:
         row(what + " and counted", "AveragePool", [X(*x)], lambda x, k=kernel, m=more: average_pool(x, k, 1, **m), kernel_shape=kernel, count_include_pad=1, **more)
+for what, x, kernel, strides, pads, beyond in [
+    ("beyond", (1, 2, 5, 6), [2, 3], [2, 2], [0, 0, 0, 0], [0, 0, 1, 1]),
+    ("beyond the padding", (1, 2, 6, 5), [3, 3], [3, 2], [1, 1, 0, 0], [1, 1, 2, 1]),
+    ("of a kernel larger than all", (2, 2, 3, 2), [9, 8], [9, 8], [0] * 4, [0, 0, 6, 6]),
+]:
+    row(what, "AveragePool", [X(*x)], lambda x, k=kernel, s=strides, b=beyond: average_pool(x, k, strides=s, pads=b), kernel_shape=kernel, strides=strides, pads=pads, ceil_mode=1, evaluator=False)
+for opset in (17, 19):
+    row(f"beyond the padding, which counts, in set {opset}", "AveragePool", [X(1, 2, 6, 7)], lambda x: F.avg_pool2d(x, 3, 3, 1, ceil_mode=True), kernel_shape=[3, 3], strides=[3, 3], pads=[1] * 4, count_include_pad=1, ceil_mode=1, opset=opset, evaluator=False)
 row("dilated", "MaxPool", [X(1, 2, 7, 7, distinct=True)], lambda x: max_pool(x, [3, 2], dilations=[2, 3]), kernel_shape=[3, 2], dilations=[2, 3])
 row("dilated", "AveragePool", [X(1, 2, 7, 7)], lambda x: average_pool(x, [3, 2], dilations=[2, 3]), kernel_shape=[3, 2], dilations=[2, 3], opset=19)
 row("where sizes vary", "MaxPool", [X(1, 2, 4, 6, distinct=True, varied=(2, 2, 6, 4))], lambda x: max_pool(x, [2, 2], strides=[2, 2]), kernel_shape=[2, 2], strides=[2, 2])
@@ -492,7 +506,7 @@ Q, K, V = (2, 3, 4, 5), (2, 3, 6, 5), (2, 3, 6, 4)
 seen = np.random.default_rng(1).random((4, 6)) < 0.7
 seen[:, 0] = True
 MASK = torch.tensor(seen)
-row("", "Attention", [X(*Q, varied=(1, 3, 2, 5)), X(*K, varied=(1, 3, 5, 5)), X(*V, varied=(1, 3, 5, 4))], attention, opset=23)
+row("", "Attention", [X(*Q, varied=(1, 3, 2, 5)), X(*K, varied=(1, 3, 5, 5)), X(*V, varied=(1, 3, 5, 4))], attention, opset=23, half=True)
 row("flat", "Attention", [X(2, 4, 6), X(2, 5, 6), X(2, 5, 9)], lambda q, k, v: attention(q, k, v, heads=(3, 3)), opset=23, q_num_heads=3, kv_num_heads=3)
 row("flat and grouped", "Attention", [X(2, 4, 12, varied=(1, 2, 12)), X(2, 5, 6, varied=(1, 7, 6)), X(2, 5, 4, varied=(1, 7, 4))], lambda q, k, v: attention(q, k, v, heads=(4, 2)), opset=23, q_num_heads=4, kv_num_heads=2)
 row("grouped", "Attention", [X(1, 4, 3, 5), X(1, 2, 4, 5), X(1, 2, 4, 3)], attention, opset=23)

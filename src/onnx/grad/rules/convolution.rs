@@ -12,6 +12,7 @@ use crate::onnx::proto::NodeProto;
 pub(super) const RULES: &[(&str, Rule)] = &[("Conv", conv), ("ConvTranspose", conv_transpose)];
 
 /// How a kernel moves over the places, one entry a spatial axis.
+#[derive(Clone)]
 pub(super) struct Window {
     /// Its sizes. They may vary where a gradient is differentiated: the kernel of a kernel's gradient is a cotangent.
     pub(super) kernel: Vec<Size>,

@@ -121,13 +121,9 @@ fn gemm(at: &Site) -> Result<()> {
 
 /// y = Σ Π xᵢ with a letter for each axis:  x̄ᵢ = the same of ȳ and the other operands, in the letters of xᵢ
 fn einsum(at: &Site) -> Result<()> {
-    let equation: String = at.text("equation", "").chars().filter(|letter| !letter.is_whitespace()).collect();
-    if equation.contains("...") {
-        return Err(at.unsupported(&format!("an ellipsis in {equation:?}")));
-    }
-    let (left, right) = equation.split_once("->").unwrap_or((&equation, ""));
+    let equation = spelled_out(at)?;
+    let (left, output) = equation.split_once("->").unwrap_or_default();
     let operands: Vec<&str> = left.split(',').collect();
-    let times = |letter: char| left.matches(letter).count();
     let repeated = |letters: &str| letters.char_indices().any(|(place, letter)| letters[..place].contains(letter));
     if operands.iter().any(|operand| repeated(operand)) {
         return Err(at.unsupported(&format!("a diagonal in {equation:?}")));
@@ -143,16 +139,10 @@ fn einsum(at: &Site) -> Result<()> {
             }
         }
     }
-    let mut output: Vec<char> = right.chars().collect();
-    if !equation.contains("->") {
-        output = left.chars().filter(|&letter| letter != ',' && times(letter) == 1).collect();
-        output.sort_unstable();
-    }
-    let output: String = output.into_iter().collect();
     for (index, letters) in operands.iter().enumerate() {
         at.give(index, || {
             let others: Vec<usize> = (0..at.inputs()).filter(|&other| other != index).collect();
-            let given = || std::iter::once(output.as_str()).chain(others.iter().map(|&other| operands[other]));
+            let given = || std::iter::once(output).chain(others.iter().map(|&other| operands[other]));
             let (kept, summed): (Vec<_>, Vec<_>) =
                 letters.char_indices().partition(|&(_, letter)| given().any(|letters| letters.contains(letter)));
             let kept: String = kept.into_iter().map(|(_, letter)| letter).collect();
@@ -167,4 +157,38 @@ fn einsum(at: &Site) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// The equation of a sum with its output, and a letter for each axis of an ellipsis.
+fn spelled_out(at: &Site) -> Result<String> {
+    let equation: String = at.text("equation", "").chars().filter(|letter| !letter.is_whitespace()).collect();
+    let (left, right) =
+        equation.split_once("->").map_or((equation.as_str(), None), |(left, right)| (left, Some(right)));
+    let operands: Vec<&str> = left.split(',').collect();
+    let Some((index, dotted)) = operands.iter().enumerate().find(|(_, operand)| operand.contains("...")) else {
+        return Ok(format!("{left}->{}", output(left, right, "")));
+    };
+    // It stands for as many axes in each operand.
+    let hidden = at.rank(index)?.checked_sub(dotted.len() - "...".len());
+    let hidden = hidden.ok_or_else(|| Error::invalid_file(format!("{}: {dotted:?} for fewer axes", at.name())))?;
+    let unused: String =
+        ('A'..='Z').chain('a'..='z').filter(|&letter| !equation.contains(letter)).take(hidden).collect();
+    if unused.len() < hidden {
+        return Err(at.unsupported(&format!("more axes in {equation:?} than there are letters")));
+    }
+    Ok(format!("{}->{}", left.replace("...", &unused), output(left, right, &unused)))
+}
+
+/// The output of an equation: if it is left out, the axes of the ellipsis and those that one operand alone has, in the
+/// order of the alphabet.
+fn output(left: &str, right: Option<&str>, hidden: &str) -> String {
+    match right {
+        Some(right) => right.replace("...", hidden),
+        None => {
+            let once = |letter: &char| letter.is_alphabetic() && left.matches(*letter).count() == 1;
+            let mut letters: Vec<char> = left.chars().filter(once).collect();
+            letters.sort_unstable();
+            hidden.chars().chain(letters).collect()
+        }
+    }
 }

@@ -39,6 +39,23 @@ impl Pool {
     fn rank(&self) -> usize {
         self.large.len()
     }
+
+    /// The same windows where the last ones reach beyond the padding: with as much padding as they reach, and without the
+    /// part of the kernel that lies beyond all places of x.
+    fn reaching(&self, at: &Site) -> Result<(Window, Vec<i64>)> {
+        let (Some(small), Some(large)) = (fixed(&self.small), fixed(&self.large)) else {
+            return Err(at.unsupported("windows that reach beyond the padding where sizes vary from run to run"));
+        };
+        let (mut window, mut kernel) = (self.window.clone(), self.kernel.clone());
+        for (axis, size) in kernel.iter_mut().enumerate() {
+            let (before, step) = (window.pads.0[axis], window.dilations[axis]);
+            *size = (*size).min((large[axis] + before + step - 1) / step);
+            let end = (small[axis] - 1) * window.strides[axis] + (*size - 1) * step + 1 - before;
+            window.pads.1[axis] = (end - large[axis]).max(0);
+        }
+        window.kernel = kernel.iter().map(|&size| Size::always(size as usize)).collect();
+        Ok((window, kernel))
+    }
 }
 
 /// `[B, C, ...]` as `[B C, 1, ...]`.
@@ -50,26 +67,27 @@ fn pictures(value: &Expr, rank: usize) -> Expr {
 fn average(at: &Site) -> Result<()> {
     let pool = Pool::of(at)?;
     let (window, rank) = (&pool.window, pool.rank());
-    let ones = |sizes: &[i64]| at.graph().ints(sizes).ones_of(at.x(0).data_type);
-    let kernel = ones(&[&[1, 1], pool.kernel.as_slice()].concat());
     let padded = window.pads.0.iter().chain(&window.pads.1).any(|&pad| pad != 0);
-    if at.int("ceil_mode", 0) != 0 && window.left_over(at, &pool.small, &pool.large)?.iter().any(|&rest| rest < 0) {
-        return Err(at.unsupported("windows that reach beyond the padding (ceil_mode)"));
-    }
+    let include = at.int("count_include_pad", 0) != 0;
+    let beyond =
+        at.int("ceil_mode", 0) != 0 && window.left_over(at, &pool.small, &pool.large)?.iter().any(|&rest| rest < 0);
+    let reach = if beyond { pool.reaching(at)? } else { (window.clone(), pool.kernel.clone()) };
     if !at.wants(0) {
         return Ok(());
     }
-    let share = match padded && at.int("count_include_pad", 0) == 0 {
-        true => at.dy() / counts(at, &pool),
+    let share = match beyond || padded && !include {
+        true => at.dy() / counts(at, &pool, include),
         false => at.dy() / pool.kernel.iter().product::<i64>() as f64,
     };
-    let sum = spread(at, window, &pictures(&share, rank), &kernel, &pool.small, &pool.large)?;
+    let (window, kernel) = reach;
+    let kernel = at.graph().ints(&[&[1, 1], kernel.as_slice()].concat()).ones_of(at.x(0).data_type);
+    let sum = spread(at, &window, &pictures(&share, rank), &kernel, &pool.small, &pool.large)?;
     at.give(0, || sum.reshape(&at.shape(0)));
     Ok(())
 }
 
-/// How many places of x each window holds: `[1, 1, ...]`.
-fn counts(at: &Site, pool: &Pool) -> Expr {
+/// How many places of x each window holds, with those of the padding if they count: `[1, 1, ...]`.
+fn counts(at: &Site, pool: &Pool, padding: bool) -> Expr {
     let (window, kernel) = (&pool.window, pool.kernel.as_slice());
     let data_type = at.x(0).data_type;
     let (Some(out), Some(places)) = (fixed(&pool.small), fixed(&pool.large)) else {
@@ -80,7 +98,8 @@ fn counts(at: &Site, pool: &Pool) -> Expr {
     let along = |axis: usize, place: i64| {
         let first = place * window.strides[axis] - window.pads.0[axis];
         let reached = (0..kernel[axis]).map(|offset| first + offset * window.dilations[axis]);
-        reached.filter(|place| (0..places[axis]).contains(place)).count()
+        let (before, after) = if padding { (window.pads.0[axis], window.pads.1[axis]) } else { (0, 0) };
+        reached.filter(|place| (-before..places[axis] + after).contains(place)).count()
     };
     let count = |place: Vec<i64>| place.iter().enumerate().map(|(axis, &place)| along(axis, place)).product::<usize>();
     let counts: Vec<f64> = grid(&out).into_iter().map(|place| count(place) as f64).collect();
