@@ -5,7 +5,7 @@
 //! through ONNX Runtime, inside a native host and without PyTorch.
 //!
 //! The rooms, from the ground up (a room uses only rooms below it; `tests/architecture.rs` checks this):
-//! [`error`], [`progress`] and `os`; [`onnx`]; [`runtime`]; [`concept`]; [`diffusion`]; [`discovery`]; [`capi`].
+//! [`error`], [`progress`], `memory` and `os`; [`onnx`]; [`runtime`]; [`concept`]; [`diffusion`]; [`discovery`]; [`capi`].
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::undocumented_unsafe_blocks)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
@@ -15,6 +15,7 @@ pub mod concept;
 pub mod diffusion;
 pub mod discovery;
 pub mod error;
+mod memory;
 pub mod onnx;
 mod os;
 pub mod progress;

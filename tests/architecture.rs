@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 /// The rooms from the ground up. A room uses only those before it.
-const FLOORS: &[&str] = &["error", "progress", "os", "onnx", "runtime", "concept", "diffusion", "discovery", "capi"];
+const FLOORS: &[&str] =
+    &["error", "progress", "memory", "os", "onnx", "runtime", "concept", "diffusion", "discovery", "capi"];
 
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();

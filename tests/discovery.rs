@@ -148,7 +148,7 @@ fn tuning_agrees_with_the_reference(
     }
     let theirs = reference.f32s("values");
     let square = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
-    let apart = square(&mut tuning.values().iter().zip(&theirs).map(|(a, b)| a - b));
+    let apart = square(&mut tuning.values().unwrap().iter().zip(&theirs).map(|(a, b)| a - b));
     let share = apart / square(&mut theirs.iter().copied());
     println!("{scope} tuning: values within {share:.1e}");
     assert!(share <= 1e-2, "{scope} tuning: values within {share:.1e} of the reference's");
@@ -417,7 +417,7 @@ fn a_search_is_cancelled_at_a_hundred_moments() {
         tune: None,
         checkpoint: None,
     };
-    let gradient = open(&discovery.example(&options), 0);
+    let gradient = open(&discovery.example(&options).unwrap(), 0);
     let mut run = |job: &mut Job<'_>| discovery.run(pipeline.unet_mut(), &gradient, &options, job);
     let began = std::time::Instant::now();
     let whole = run(&mut Job::default()).unwrap();

@@ -8,8 +8,9 @@
 //! to 1.05 times its entropy bound at every density. All low parts have one length, and the position `p` of the `i`-th one
 //! gives `p - i` as the sum of all high parts so far: a decoder reads both streams without waiting on bit lengths.
 
-use super::set::{Indices, is_dense, projection_weights, zeroed};
+use super::set::{Indices, is_dense, projection_weights};
 use crate::error::{Error, Result};
+use crate::memory::zeroed;
 
 const HEADER_BYTES: usize = 13;
 const COMPLEMENT: u8 = 0x80;

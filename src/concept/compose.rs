@@ -20,9 +20,10 @@ use rayon::prelude::*;
 use super::file::Concept;
 use super::kernel::{self, PADDING, Panel, TILE};
 use super::projections::{KeysValues, Projections};
-use super::set::{NeuronSet, zeroed};
+use super::set::NeuronSet;
 use super::values::Values;
 use crate::error::{Error, Result, Status};
+use crate::memory::zeroed;
 
 /// A few weights of each row of one projection.
 struct SparseRows {

@@ -69,7 +69,7 @@ impl Panel {
 
     fn new(simd: Simd, context: &[f32], in_features: usize, rows: &[u32]) -> crate::Result<Self> {
         let lanes = rows.len().next_multiple_of(simd.lanes());
-        let mut turned = super::set::zeroed::<f32>(in_features * lanes)?;
+        let mut turned = crate::memory::zeroed::<f32>(in_features * lanes)?;
         // Sixteen rows at a time: one written cache line takes all of them.
         for (block, rows) in rows.chunks(16).enumerate() {
             let rows: Vec<&[f32]> =

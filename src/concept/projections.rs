@@ -15,8 +15,9 @@ use rayon::prelude::*;
 
 use super::fingerprint::{Fingerprint, Hasher};
 use super::kernel::Panel;
-use super::set::{projection_weights, zeroed};
+use super::set::projection_weights;
 use crate::error::{Error, Result};
+use crate::memory::{PANELS, copied, room, zeroed};
 use crate::onnx::{DataType, Model, attention};
 
 /// Weights in the type in which a model stores them.
@@ -244,6 +245,7 @@ impl Projections {
                 let range = first * self.in_features..(first + output.ncols()) * self.in_features;
                 let weights = projection.weights.widen(range, scratch)?;
                 let weights = ArrayView2::from_shape((output.ncols(), self.in_features), weights).map_err(shape)?;
+                room(PANELS)?;
                 general_mat_mul(1.0, &inputs, &weights.t(), 0.0, &mut output);
                 if let Some(bias) = &projection.bias {
                     for mut row in output.rows_mut() {
@@ -255,15 +257,13 @@ impl Projections {
         })?;
         let all: Vec<u32> = (0..rows as u32).collect();
         let panels = Panel::split(context, self.in_features, &all)?;
-        let mut owned = zeroed::<f32>(context.len())?;
-        owned.copy_from_slice(context);
         Ok(KeysValues {
             id: next_id(),
             base_id: self.id,
             batch,
             tokens,
             in_features: self.in_features,
-            context: owned,
+            context: copied(context)?,
             panels,
             base,
         })
@@ -317,6 +317,11 @@ impl KeysValues {
     /// The base output of each projection, `[batch, tokens, out]`, in the order of [`Projections::as_slice`].
     pub fn base(&self) -> &[Vec<f32>] {
         &self.base
+    }
+
+    /// As [`KeysValues::base`], to be changed.
+    pub fn into_base(self) -> Vec<Vec<f32>> {
+        self.base
     }
 
     /// Bytes held.

@@ -10,6 +10,7 @@
 use std::cmp::Ordering;
 
 use crate::error::{Error, Result};
+use crate::memory::zeroed;
 
 /// The most weights a projection may have: 268,435,456, a hundred times the largest of SDXL. A bitmap of as many bits
 /// takes 32 MiB.
@@ -38,13 +39,6 @@ enum Members {
 pub struct Indices {
     weights: u32,
     members: Members,
-}
-
-pub(super) fn zeroed<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
-    let mut vec = Vec::new();
-    vec.try_reserve_exact(len)?;
-    vec.resize(len, T::default());
-    Ok(vec)
 }
 
 pub(super) fn is_dense(count: usize, weights: u32) -> bool {

@@ -16,6 +16,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use super::search::{Numbers, Search};
 use super::tune::Tuning;
 use crate::error::{Error, Result};
+use crate::memory::{copied, room, zeroed};
 use crate::os;
 
 const IDENTITY: &str = "macula.search";
@@ -28,13 +29,15 @@ const TUNED_LOSSES: &str = "tuned.losses";
 
 /// Writes a search and its tuning in one piece: on failure what was at `path` stays as it was.
 pub(super) fn save(path: &Path, identity: &str, search: &mut Search, tuning: Option<&mut Tuning>) -> Result<()> {
-    let mut losses = search.losses().to_vec();
-    let mut tuned_losses = tuning.as_ref().map(|tuning| tuning.losses().to_vec());
+    let mut losses = copied(search.losses())?;
+    let mut tuned_losses = tuning.as_ref().map(|tuning| copied(tuning.losses())).transpose()?;
     let mut kept = search.memory();
     kept.push((LOSSES, Numbers::F64(&mut losses)));
     kept.extend(tuning.into_iter().flat_map(Tuning::memory));
     kept.extend(tuned_losses.as_mut().map(|losses| (TUNED_LOSSES, Numbers::F64(losses))));
     let tensors = kept.iter().map(|(name, numbers)| Ok((*name, view(numbers)?))).collect::<Result<Vec<_>>>()?;
+    // The whole file in one vector, which `serialize` makes.
+    room(MAX_HEADER_BYTES + kept.iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>())?;
     let metadata = HashMap::from([(IDENTITY.to_owned(), identity.to_owned())]);
     let bytes = serialize(tensors, Some(metadata)).map_err(|error| Error::invalid_argument(error.to_string()))?;
     os::replace_file(path, &bytes).map_err(|error| Error::io(path.display(), error))
@@ -123,7 +126,7 @@ fn fill_all(tensors: &SafeTensors<'_>, memory: Vec<(&'static str, Numbers<'_>)>)
 
 fn losses_in(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>> {
     let losses = tensors.tensor(name).map_err(damaged)?;
-    let mut known = vec![0f64; losses.shape().iter().product()];
+    let mut known = zeroed::<f64>(losses.shape().iter().product())?;
     fill(&losses, name, &mut Numbers::F64(&mut known))?;
     Ok(known)
 }
@@ -195,7 +198,7 @@ mod tests {
         for (number, method) in METHODS.into_iter().enumerate() {
             let mut whole = begun(method);
             run(&mut whole, BATCHES);
-            assert!(whole.found().shut.contains(&true), "{method:?}");
+            assert!(whole.found().unwrap().shut.contains(&true), "{method:?}");
             for broken in 0..=BATCHES {
                 let path = folder.path().join(format!("{number}-{broken}"));
                 let mut first = begun(method);
@@ -205,7 +208,7 @@ mod tests {
                 resume(&path, "this one", &mut second).unwrap();
                 assert_eq!(second.losses().len(), broken);
                 run(&mut second, BATCHES);
-                let (found, expected) = (second.found(), whole.found());
+                let (found, expected) = (second.found().unwrap(), whole.found().unwrap());
                 assert_eq!((found.shut, found.losses), (expected.shut, expected.losses), "{method:?} at {broken}");
             }
         }

@@ -7,6 +7,7 @@ use crate::diffusion::noise::standard_normal;
 use crate::diffusion::schedule::{Prediction, SchedulerConfig};
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result};
+use crate::memory::{collected, copied, extend, filled, zeroed};
 
 /// Pictures with their texts.
 #[derive(Clone, Debug, Default)]
@@ -98,56 +99,57 @@ impl Examples {
         seed: u64,
         stream: u32,
         number: u32,
-    ) -> Batch {
-        let (entries, mut random) = self.order(batch, seed, stream, number);
-        let mut places: Vec<usize> = (0..batch).collect();
+    ) -> Result<Batch> {
+        let (entries, mut random) = self.order(batch, seed, stream, number)?;
+        let mut places = collected(0..batch)?;
         shuffle(&mut places, &mut random);
         let steps = schedule.training.len();
         let unit = |random: &mut ChaCha12Rng| (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let timesteps: Vec<usize> = places
+        let timesteps = places
             .iter()
-            .map(|&place| (((place as f64 + unit(&mut random)) / batch as f64 * steps as f64) as usize).min(steps - 1))
-            .collect();
+            .map(|&place| (((place as f64 + unit(&mut random)) / batch as f64 * steps as f64) as usize).min(steps - 1));
+        let timesteps = collected(timesteps)?;
         let elements: usize = self.shape.iter().product();
         let mut drawn = Batch {
-            weights: vec![weight / batch as f32; batch],
-            timesteps: timesteps.iter().map(|&t| t as i64).collect(),
-            conditioning: pick(&self.conditioning, &entries),
+            weights: filled(batch, weight / batch as f32)?,
+            timesteps: collected(timesteps.iter().map(|&t| t as i64))?,
+            conditioning: pick(&self.conditioning, &entries)?,
             ..Batch::default()
         };
-        let mut noise = vec![0f32; elements];
+        let mut noise = zeroed::<f32>(elements)?;
         for (at, (&entry, &t)) in entries.iter().zip(&timesteps).enumerate() {
             standard_normal(seed ^ 0x6d61_6375_6c61, stream << 16 | at as u32, number, &mut noise);
             let alpha_bar = schedule.training.alpha_bar(t);
             let (signal, spread) = (alpha_bar.sqrt() as f32, (1.0 - alpha_bar).sqrt() as f32);
             let clean = &self.states[entry * elements..][..elements];
-            drawn.states.extend(clean.iter().zip(&noise).map(|(x, e)| signal * x + spread * e));
-            drawn.targets.extend(clean.iter().zip(&noise).map(|(x, e)| match schedule.prediction {
+            extend(&mut drawn.states, clean.iter().zip(&noise).map(|(x, e)| signal * x + spread * e))?;
+            let targets = clean.iter().zip(&noise).map(|(x, e)| match schedule.prediction {
                 Prediction::Epsilon => *e,
                 Prediction::Velocity => signal * e - spread * x,
                 Prediction::Sample => *x,
-            }));
+            });
+            extend(&mut drawn.targets, targets)?;
             let tokens = self.conditioning.tokens;
             match &self.rows {
-                None => drawn.rows.extend((0..tokens).map(|token| at * tokens + token)),
-                Some(rows) => drawn.rows.extend(rows[entry].iter().map(|row| at * tokens + row)),
+                None => extend(&mut drawn.rows, (0..tokens).map(|token| at * tokens + token))?,
+                Some(rows) => extend(&mut drawn.rows, rows[entry].iter().map(|row| at * tokens + row))?,
             }
         }
-        drawn
+        Ok(drawn)
     }
 
     /// Which pictures a draw takes, and the generator for what follows.
-    fn order(&self, batch: usize, seed: u64, stream: u32, number: u32) -> (Vec<usize>, ChaCha12Rng) {
+    fn order(&self, batch: usize, seed: u64, stream: u32, number: u32) -> Result<(Vec<usize>, ChaCha12Rng)> {
         let mut random = ChaCha12Rng::seed_from_u64(seed);
         random.set_stream(u64::from(stream) << 32 | u64::from(number));
-        let mut entries: Vec<usize> = Vec::with_capacity(batch);
+        let mut entries: Vec<usize> = Vec::new();
         while entries.len() < batch {
-            let mut round: Vec<usize> = (0..self.len()).collect();
+            let mut round = collected(0..self.len())?;
             shuffle(&mut round, &mut random);
-            entries.extend(round);
+            extend(&mut entries, round)?;
         }
         entries.truncate(batch);
-        (entries, random)
+        Ok((entries, random))
     }
 
     /// The conditioning that the entries of a draw have in other examples: their anchors.
@@ -158,76 +160,78 @@ impl Examples {
         seed: u64,
         stream: u32,
         number: u32,
-    ) -> Conditioning {
-        pick(anchors, &self.order(batch, seed, stream, number).0)
+    ) -> Result<Conditioning> {
+        pick(anchors, &self.order(batch, seed, stream, number)?.0)
     }
 }
 
 impl Batch {
     /// Puts another batch behind this one. Both have as many tokens and features.
-    pub(super) fn append(&mut self, other: Batch) {
+    pub(super) fn append(&mut self, other: Batch) -> Result<()> {
         if self.states.is_empty() {
             *self = other;
-            return;
+            return Ok(());
         }
         let before = self.conditioning.batch * self.conditioning.tokens;
-        self.rows.extend(other.rows.iter().map(|row| row + before));
-        self.states.extend(other.states);
-        self.timesteps.extend(other.timesteps);
-        self.targets.extend(other.targets);
-        self.weights.extend(other.weights);
+        extend(&mut self.rows, other.rows.iter().map(|row| row + before))?;
+        extend(&mut self.states, other.states)?;
+        extend(&mut self.timesteps, other.timesteps)?;
+        extend(&mut self.targets, other.targets)?;
+        extend(&mut self.weights, other.weights)?;
         let (ours, theirs) = (&mut self.conditioning, other.conditioning);
         ours.batch += theirs.batch;
-        ours.context.extend(theirs.context);
-        append(&mut ours.text_embeds, theirs.text_embeds);
-        append(&mut ours.time_ids, theirs.time_ids);
-        append(&mut ours.class_labels, theirs.class_labels);
-        append(&mut ours.timestep_cond, theirs.timestep_cond);
+        extend(&mut ours.context, theirs.context)?;
+        append(&mut ours.text_embeds, theirs.text_embeds)?;
+        append(&mut ours.time_ids, theirs.time_ids)?;
+        append(&mut ours.class_labels, theirs.class_labels)?;
+        append(&mut ours.timestep_cond, theirs.timestep_cond)
     }
 
     /// The states `from..to` as a batch of their own.
-    pub(super) fn part(&self, from: usize, to: usize) -> Batch {
+    pub(super) fn part(&self, from: usize, to: usize) -> Result<Batch> {
         let elements = self.states.len() / self.timesteps.len().max(1);
         let tokens = self.conditioning.tokens;
-        let entries: Vec<usize> = (from..to).collect();
-        Batch {
-            states: self.states[from * elements..to * elements].to_vec(),
-            timesteps: self.timesteps[from..to].to_vec(),
-            targets: self.targets[from * elements..to * elements].to_vec(),
-            weights: self.weights[from..to].to_vec(),
-            conditioning: pick(&self.conditioning, &entries),
-            rows: self
-                .rows
-                .iter()
-                .filter(|row| (from * tokens..to * tokens).contains(*row))
-                .map(|row| row - from * tokens)
-                .collect(),
-        }
+        let rows = self.rows.iter().filter(|row| (from * tokens..to * tokens).contains(*row));
+        Ok(Batch {
+            states: copied(&self.states[from * elements..to * elements])?,
+            timesteps: copied(&self.timesteps[from..to])?,
+            targets: copied(&self.targets[from * elements..to * elements])?,
+            weights: copied(&self.weights[from..to])?,
+            conditioning: pick(&self.conditioning, &collected(from..to)?)?,
+            rows: collected(rows.map(|row| row - from * tokens))?,
+        })
     }
 }
 
-fn append<T>(ours: &mut Option<Vec<T>>, theirs: Option<Vec<T>>) {
-    if let (Some(ours), Some(theirs)) = (ours.as_mut(), theirs) {
-        ours.extend(theirs);
+fn append<T>(ours: &mut Option<Vec<T>>, theirs: Option<Vec<T>>) -> Result<()> {
+    match (ours.as_mut(), theirs) {
+        (Some(ours), Some(theirs)) => extend(ours, theirs),
+        _ => Ok(()),
     }
 }
 
 /// The conditioning of some entries.
-pub(super) fn pick(all: &Conditioning, entries: &[usize]) -> Conditioning {
-    fn rows<T: Clone>(values: &[T], batch: usize, entries: &[usize]) -> Vec<T> {
+pub(super) fn pick(all: &Conditioning, entries: &[usize]) -> Result<Conditioning> {
+    fn rows<T: Copy>(values: &[T], batch: usize, entries: &[usize]) -> Result<Vec<T>> {
         let width = values.len() / batch.max(1);
-        entries.iter().flat_map(|&entry| values[entry * width..(entry + 1) * width].to_vec()).collect()
+        let mut rows = Vec::new();
+        rows.try_reserve_exact(entries.len() * width)?;
+        entries.iter().for_each(|&entry| rows.extend_from_slice(&values[entry * width..(entry + 1) * width]));
+        Ok(rows)
+    }
+    fn some<T: Copy>(values: &Option<Vec<T>>, batch: usize, entries: &[usize]) -> Result<Option<Vec<T>>> {
+        values.as_ref().map(|values| rows(values, batch, entries)).transpose()
     }
     let batch = all.batch;
-    Conditioning {
+    Ok(Conditioning {
         batch: entries.len(),
         tokens: all.tokens,
-        context: rows(&all.context, batch, entries),
-        text_embeds: all.text_embeds.as_ref().map(|values| rows(values, batch, entries)),
-        time_ids: all.time_ids.as_ref().map(|values| rows(values, batch, entries)),
-        class_labels: all.class_labels.as_ref().map(|values| rows(values, batch, entries)),
-        timestep_cond: all.timestep_cond.as_ref().map(|values| rows(values, batch, entries)),
-    }
+        context: rows(&all.context, batch, entries)?,
+        text_embeds: some(&all.text_embeds, batch, entries)?,
+        time_ids: some(&all.time_ids, batch, entries)?,
+        class_labels: some(&all.class_labels, batch, entries)?,
+        timestep_cond: some(&all.timestep_cond, batch, entries)?,
+    })
 }
 
 /// Fisher and Yates, with a bounded number drawn by multiplication (Lemire 2019, without rejection: the bias is below

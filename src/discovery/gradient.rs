@@ -18,6 +18,7 @@ use crate::concept::{ProjectionWeights, Projections, Weights};
 use crate::diffusion::precision;
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result, Status};
+use crate::memory::{PANELS, collected, copied, room, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts};
@@ -103,6 +104,9 @@ struct Names {
     cotangent: String,
 }
 
+/// More than the nodes and names of any UNet and its gradient take.
+const GRAPH: usize = 64 << 20;
+
 const CONTEXT: &str = attention::TEXT_INPUT;
 
 impl KeyValueGradient {
@@ -134,6 +138,7 @@ impl KeyValueGradient {
             .thread_name(|index| format!("macula-gradient-{index}"))
             .build()
             .map_err(|e| Error::new(Status::OutOfMemory, "threads could not be started").caused_by(e))?;
+        room(GRAPH)?;
         let mut model = Model::open(path, &options.limits)?;
         let found = attention::find(&model, CONTEXT)?;
         let projections = Arc::new(Projections::from_model(&model, &found)?);
@@ -163,7 +168,7 @@ impl KeyValueGradient {
         let texts = Texts { projections, searched, weights, pool };
         let mut names = Names { keys_values, loss, cotangent: String::new() };
 
-        let first = example.part(0, lot);
+        let first = example.part(0, lot)?;
         let keys_values = texts.keys_values(&first.conditioning, &[], None)?;
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &keys_values)?;
@@ -171,6 +176,7 @@ impl KeyValueGradient {
         let wrt: Vec<&str> = texts.searched.iter().map(|&at| names.keys_values[at].name.as_str()).collect();
         let questions = grad::questions(&model, &wrt, &names.loss.loss)?;
         let seen = observe(runtime, &model, &questions, &given, &session_options, cancel)?;
+        room(GRAPH)?;
         let gradient = grad::vjp(&model, &Facts::new(&[seen])?, &wrt, &names.loss.loss, options.effort)?;
         let mut model = gradient.model;
         model.edit(|edit| {
@@ -243,10 +249,10 @@ impl KeyValueGradient {
                 self.len()
             )));
         }
-        let mut slope = Slope { loss: 0.0, scales: vec![0.0; self.len()] };
+        let mut slope = Slope { loss: 0.0, scales: zeroed(self.len())? };
         for from in (0..count).step_by(self.lot) {
             cancel.check()?;
-            let part = batch.part(from, from + self.lot);
+            let part = batch.part(from, from + self.lot)?;
             let keys_values = self.texts.keys_values(&part.conditioning, &part.rows, Some(scales))?;
             let given = self.names.tensors(&self.inputs, &part, shape, &keys_values)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -269,13 +275,15 @@ impl Texts {
     /// Keys and values `[B, tokens, out]` of each projection, with `scales` acting on `rows`.
     fn keys_values(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Vec<Vec<f32>>> {
         let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
-        let mut values: Vec<Vec<f32>> = base.base().to_vec();
+        let mut values = base.into_base();
         let Some(scales) = scales.filter(|scales| !rows.is_empty() && scales.iter().any(|&scale| scale != 1.0)) else {
             return Ok(values);
         };
         let features = self.projections.in_features();
-        let touched: Vec<f32> =
-            rows.iter().flat_map(|row| &text.context[row * features..(row + 1) * features]).copied().collect();
+        let mut touched = zeroed::<f32>(rows.len() * features)?;
+        for (row, target) in rows.iter().zip(touched.chunks_exact_mut(features)) {
+            target.copy_from_slice(&text.context[row * features..(row + 1) * features]);
+        }
         let mut rest = scales;
         let mut scaled = Vec::with_capacity(self.weights.len());
         let mut targets: Vec<Option<&mut Vec<f32>>> = values.iter_mut().map(Some).collect();
@@ -288,8 +296,8 @@ impl Texts {
             scaled.into_par_iter().try_for_each(|(at, weights, scales, values)| {
                 let projection = &self.projections.as_slice()[at];
                 let out = projection.out_features;
-                let scaled: Vec<f32> = weights.iter().zip(scales).map(|(weight, scale)| weight * scale).collect();
-                let mut product = vec![0f32; rows.len() * out];
+                let scaled = collected(weights.iter().zip(scales).map(|(weight, scale)| weight * scale))?;
+                let mut product = zeroed::<f32>(rows.len() * out)?;
                 multiply(&touched, [rows.len(), features], &scaled, [out, features], &mut product)?;
                 for (row, product) in rows.iter().zip(product.chunks_exact(out)) {
                     let target = &mut values[row * out..(row + 1) * out];
@@ -313,7 +321,7 @@ impl Texts {
         if rows.is_empty() {
             return Ok(());
         }
-        let mut turned = vec![0f32; rows.len() * features];
+        let mut turned = zeroed::<f32>(rows.len() * features)?;
         for (at, row) in rows.iter().enumerate() {
             for (feature, value) in context[row * features..(row + 1) * features].iter().enumerate() {
                 turned[feature * rows.len() + at] = *value;
@@ -335,13 +343,13 @@ impl Texts {
                     let what = format!("the gradient of {} is not finite", projection.path);
                     return Err(Error::new(Status::NotFinite, what));
                 }
-                let mut of_rows = vec![0f32; out * rows.len()];
+                let mut of_rows = zeroed::<f32>(out * rows.len())?;
                 for (at, row) in rows.iter().enumerate() {
                     for (column, value) in cotangents[row * out..(row + 1) * out].iter().enumerate() {
                         of_rows[column * rows.len() + at] = *value;
                     }
                 }
-                let mut product = vec![0f32; out * features];
+                let mut product = zeroed::<f32>(out * features)?;
                 multiply(&of_rows, [out, rows.len()], &turned, [features, rows.len()], &mut product)?;
                 let weights = &self.weights[at];
                 slopes.iter_mut().zip(product).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
@@ -424,22 +432,11 @@ fn integers(dtype: ElementType, shape: &[usize], values: &[i64]) -> Result<Tenso
 }
 
 fn widened(weights: &Weights) -> Result<Vec<f32>> {
-    let mut wide = Vec::new();
     match weights {
-        Weights::F32(weights) => {
-            wide.try_reserve_exact(weights.len())?;
-            wide.extend_from_slice(weights);
-        }
-        Weights::F16(weights) => {
-            wide.try_reserve_exact(weights.len())?;
-            wide.extend(weights.iter().map(|weight| weight.to_f32()));
-        }
-        Weights::Bf16(weights) => {
-            wide.try_reserve_exact(weights.len())?;
-            wide.extend(weights.iter().map(|weight| weight.to_f32()));
-        }
+        Weights::F32(weights) => copied(weights),
+        Weights::F16(weights) => collected(weights.iter().map(|weight| weight.to_f32())),
+        Weights::Bf16(weights) => collected(weights.iter().map(|weight| weight.to_f32())),
     }
-    Ok(wide)
 }
 
 /// `to [m, n] = a [m, k] bᵀ` with `b [n, k]`.
@@ -448,6 +445,7 @@ fn multiply(a: &[f32], a_shape: [usize; 2], b: &[f32], b_shape: [usize; 2], to: 
     let a = ArrayView2::from_shape(a_shape, a).map_err(fits)?;
     let b = ArrayView2::from_shape(b_shape, b).map_err(fits)?;
     let mut to = ArrayViewMut2::from_shape([a_shape[0], b_shape[0]], to).map_err(fits)?;
+    room(PANELS)?;
     general_mat_mul(1.0, &a, &b.t(), 0.0, &mut to);
     Ok(())
 }

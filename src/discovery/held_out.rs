@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::search::{Loss, Search, finite_slope};
 use crate::error::Result;
+use crate::memory::collected;
 
 /// The sizes to try: 1, 2 and 5 times powers of ten, from `least` up to `most`, which is the last.
 pub(super) fn sizes(least: usize, most: usize) -> Vec<usize> {
@@ -18,7 +19,7 @@ pub(super) fn sizes(least: usize, most: usize) -> Vec<usize> {
 ///
 /// Errors: those of the loss; [`crate::Status::NotFinite`] naming the size.
 pub(super) fn loss_of(search: &Search, size: usize, batches: Range<usize>, loss: Loss<'_>) -> Result<f64> {
-    let scales: Vec<f32> = search.found_within(size).shut.iter().map(|&shut| f32::from(u8::from(!shut))).collect();
+    let scales = collected(search.found_within(size)?.shut.into_iter().map(|shut| f32::from(u8::from(!shut))))?;
     let (mut sum, count) = (0.0, batches.len() as f64);
     for batch in batches {
         sum += finite_slope(loss, &scales, batch, || format!("a set of {size} weights on a held-out batch"))?.loss;

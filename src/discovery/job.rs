@@ -17,6 +17,7 @@ use crate::concept::{Indices, Layer, NeuronSet, Values};
 use crate::diffusion::schedule::SchedulerConfig;
 use crate::diffusion::unet::{Conditioning, Unet};
 use crate::error::{Error, Result};
+use crate::memory::{collected, extend};
 use crate::progress::{Job, Progress};
 
 /// A part of the loss: the mean squared error of predictions for some examples.
@@ -128,12 +129,21 @@ impl Discovery {
     }
 
     /// Batch `number` of the search without the targets of [`Objective::Untouched`]: for [`KeyValueGradient::open`].
-    pub fn example(&self, options: &DiscoveryOptions) -> Batch {
+    ///
+    /// Errors: [`crate::Status::OutOfMemory`].
+    pub fn example(&self, options: &DiscoveryOptions) -> Result<Batch> {
         let mut batch = Batch::default();
         for (at, term) in self.terms.iter().enumerate() {
-            batch.append(term.examples.draw(&self.schedule, options.batch, term.weight, options.seed, at as u32, 0));
+            batch.append(term.examples.draw(
+                &self.schedule,
+                options.batch,
+                term.weight,
+                options.seed,
+                at as u32,
+                0,
+            )?)?;
         }
-        batch
+        Ok(batch)
     }
 
     /// Batch `number` with its targets.
@@ -141,15 +151,15 @@ impl Discovery {
         let mut batch = Batch::default();
         for (at, term) in self.terms.iter().enumerate() {
             let (seed, stream, number) = (options.seed, at as u32, number as u32);
-            let mut drawn = term.examples.draw(&self.schedule, options.batch, term.weight, seed, stream, number);
+            let mut drawn = term.examples.draw(&self.schedule, options.batch, term.weight, seed, stream, number)?;
             if term.objective == Objective::Untouched {
                 let conditioning = match &term.anchors {
-                    Some(anchors) => term.examples.drawn_from(anchors, options.batch, seed, stream, number),
-                    None => drawn.conditioning.clone(),
+                    Some(anchors) => term.examples.drawn_from(anchors, options.batch, seed, stream, number)?,
+                    None => pick(&drawn.conditioning, &collected(0..drawn.conditioning.batch)?)?,
                 };
                 drawn.targets = self.predict(unet, &drawn, &conditioning, job)?;
             }
-            batch.append(drawn);
+            batch.append(drawn)?;
         }
         Ok(batch)
     }
@@ -159,13 +169,14 @@ impl Discovery {
         let [channels, height, width] = self.shape;
         let count = batch.timesteps.len();
         let lot = if unet.takes_timesteps() { count } else { 1 };
-        let mut said = Vec::with_capacity(batch.states.len());
+        let mut said = Vec::new();
         for from in (0..count).step_by(lot) {
-            let part = batch.part(from, from + lot);
+            let part = batch.part(from, from + lot)?;
             let entries: Vec<usize> = (from..from + lot).collect();
-            unet.set_conditioning(&pick(conditioning, &entries))?;
+            unet.set_conditioning(&pick(conditioning, &entries)?)?;
             let timesteps: Vec<f64> = part.timesteps.iter().map(|&t| t as f64).collect();
-            said.extend(unet.denoise_each(&part.states, [lot, channels, height, width], &timesteps, &job.cancel)?);
+            let states = [lot, channels, height, width];
+            extend(&mut said, unet.denoise_each(&part.states, states, &timesteps, &job.cancel)?)?;
         }
         Ok(said)
     }
@@ -214,7 +225,7 @@ impl Discovery {
             }
         }
         let size = held_out::best(&sizes).unwrap_or_else(|| search.budget());
-        let Found { shut, mut losses, agreement } = search.found_within(size);
+        let Found { shut, mut losses, agreement } = search.found_within(size)?;
         let neurons = neurons(gradient, &shut)?;
         let mut values = None;
         if let Some(wanted) = options.tune {
@@ -230,7 +241,7 @@ impl Discovery {
                 keep(options, &identity, &mut search, Some(&mut tuning), outcome)?;
             }
             losses.extend(tuning.losses());
-            values = Some(tuned_values(&neurons, tuning.values(), wanted)?);
+            values = Some(tuned_values(&neurons, tuning.values()?, wanted)?);
         }
         Ok(Report { neurons, values, losses, sizes, agreement, elapsed: began.elapsed() })
     }
@@ -277,16 +288,16 @@ fn tell(stage: &str, losses: &[f64], total: usize, job: &mut Job<'_>) -> Result<
 
 /// A tuning of the shut weights, in units of the standard deviation of each projection.
 fn tuning(gradient: &KeyValueGradient, shut: &[bool], options: TuneOptions) -> Result<Tuning> {
-    let (mut members, mut weights, mut units) = (Vec::new(), Vec::new(), Vec::new());
-    let mut start = 0;
+    let chosen = || gradient.weights().flatten().zip(shut).enumerate().filter(|(_, (_, shut))| **shut);
+    let members = collected(chosen().map(|(at, _)| at))?;
+    let weights = collected(chosen().map(|(_, (weight, _))| *weight))?;
+    let mut units = Vec::new();
+    let mut rest = shut;
     for own in gradient.weights() {
+        let (shut, others) = rest.split_at(own.len());
         let unit = deviation(own);
-        for (at, weight) in own.iter().enumerate().filter(|(at, _)| shut[start + at]) {
-            members.push(start + at);
-            weights.push(*weight);
-            units.push(unit);
-        }
-        start += own.len();
+        extend(&mut units, shut.iter().filter(|shut| **shut).map(|_| unit))?;
+        rest = others;
     }
     Tuning::new(shut.len(), members, weights, units, options)
 }
@@ -301,8 +312,8 @@ fn deviation(weights: &[f32]) -> f32 {
 /// The values of all members, shared out to the projections.
 fn tuned_values(neurons: &NeuronSet, values: Vec<f32>, options: TuneOptions) -> Result<Values> {
     let mut values = values.into_iter();
-    let layers = neurons.layers().iter().map(|layer| values.by_ref().take(layer.indices().len()).collect());
-    Values::new(options.precision, neurons, layers.collect())
+    let layers = neurons.layers().iter().map(|layer| collected(values.by_ref().take(layer.indices().len())));
+    Values::new(options.precision, neurons, layers.collect::<Result<_>>()?)
 }
 
 /// The shut weights as a set.
@@ -312,7 +323,7 @@ fn neurons(gradient: &KeyValueGradient, shut: &[bool]) -> Result<NeuronSet> {
         let count = projection.out_features * projection.in_features;
         let own = &shut[start..start + count];
         start += count;
-        let indices = (0..count as u32).filter(|&index| own[index as usize]).collect();
+        let indices = collected((0..count as u32).filter(|&index| own[index as usize]))?;
         let indices = Indices::from_sorted(count as u32, indices)?;
         Layer::new(projection.path.clone(), projection.out_features, projection.in_features, indices)
     };

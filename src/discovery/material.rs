@@ -7,6 +7,7 @@ use crate::concept::Scope;
 use crate::diffusion::pipeline::{DrawOptions, Embedding, Pipeline};
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result};
+use crate::memory::extend;
 use crate::progress::Job;
 
 impl Request<'_> {
@@ -155,7 +156,7 @@ impl Request<'_> {
             (options.height, options.width) = (Some(height), Some(width));
             let mut quiet = Job { cancel: job.cancel.clone(), report: None };
             let (state, of_state) = pipeline.draw_latents(&options, None, &mut quiet)?;
-            states.extend(state);
+            extend(&mut states, state)?;
             shape = of_state;
         }
         job.step("draw", total, total)?;

@@ -213,7 +213,7 @@ impl<'a> Request<'a> {
             lot: self.lot,
             threads: source.options.threads,
         };
-        let (example, shape) = (discovery.example(options), discovery.shape());
+        let (example, shape) = (discovery.example(options)?, discovery.shape());
         KeyValueGradient::open(&source.runtime, &source.path, &example, shape, &gradient, &job.cancel)
     }
 

@@ -6,6 +6,7 @@
 //! This file knows no network.
 
 use crate::error::{Error, Result, Status};
+use crate::memory::{collected, copied, filled};
 
 /// What one batch says at some scales.
 pub struct Slope {
@@ -93,7 +94,7 @@ pub fn search(loss: Loss<'_>, count: usize, batches: usize, method: Method, boun
     while !search.is_done() {
         search.step(loss)?;
     }
-    Ok(search.found())
+    search.found()
 }
 
 /// A search between two batches: all that the coming ones depend on.
@@ -192,12 +193,11 @@ impl Search {
 
     /// Shows it the next batch.
     ///
-    /// Errors: those of the loss; [`Status::NotFinite`] for a loss or slope that is not finite, naming the batch. The
-    /// search is then as before.
+    /// Errors: those of the loss; [`Status::NotFinite`] for a loss or slope that is not finite, naming the batch;
+    /// [`Status::OutOfMemory`]. The search is then as before.
     pub fn step(&mut self, loss: Loss<'_>) -> Result<()> {
         let batch = self.losses.len();
-        let slope = finite_slope(loss, &self.scales(), batch, || format!("batch {batch} of the search"))?;
-        self.losses.push(slope.loss);
+        let slope = finite_slope(loss, &self.scales()?, batch, || format!("batch {batch} of the search"))?;
         let budget = self.budget();
         match &mut self.memory {
             Memory::Algorithm1 { rho, scales, even, odd } => {
@@ -209,10 +209,15 @@ impl Search {
                 }
             }
             Memory::Gradual { stages, open, scores } => {
-                scores.iter_mut().zip(&slope.scales).for_each(|(sum, &slope)| *sum += f64::from(slope));
-                if let Some(stage) = (1..=*stages).find(|stage| self.batches * stage / *stages == batch + 1) {
-                    close_stage(open, scores, (budget as f64).powf(stage as f64 / *stages as f64).round() as usize);
-                }
+                let sums = scores.iter().zip(&slope.scales).map(|(sum, &slope)| sum + f64::from(slope));
+                let sums = collected(sums)?;
+                *scores = match (1..=*stages).find(|stage| self.batches * stage / *stages == batch + 1) {
+                    Some(stage) => {
+                        let goal = (budget as f64).powf(stage as f64 / *stages as f64).round() as usize;
+                        close_stage(open, sums, goal)?
+                    }
+                    None => sums,
+                };
             }
             Memory::LearntMask { rate, penalty, scales, mean, square, total } => {
                 let step = batch as i32 + 1;
@@ -227,16 +232,21 @@ impl Search {
                 }
             }
         }
+        self.losses.push(slope.loss);
         Ok(())
     }
 
     /// What the batches so far lead to.
-    pub fn found(&self) -> Found {
+    ///
+    /// Errors: [`Status::OutOfMemory`].
+    pub fn found(&self) -> Result<Found> {
         self.found_within(self.budget())
     }
 
     /// The highest ranked `budget` weights of what was found.
-    pub(super) fn found_within(&self, budget: usize) -> Found {
+    ///
+    /// Errors: [`Status::OutOfMemory`].
+    pub(super) fn found_within(&self, budget: usize) -> Result<Found> {
         let mut found = Found { losses: self.losses.clone(), agreement: f64::NAN, ..Found::default() };
         match &self.memory {
             Memory::Algorithm1 { even, odd, .. } => {
@@ -244,25 +254,26 @@ impl Search {
                     found.agreement = correlation(even, odd);
                 }
                 let batches = self.losses.len().max(1) as f64;
-                let scores: Vec<f64> = even.iter().zip(odd).map(|(a, b)| (a + b) / batches).collect();
+                let scores = collected(even.iter().zip(odd).map(|(a, b)| (a + b) / batches))?;
                 found.shut = match self.bound {
-                    Bound::Threshold(tau) => scores.iter().map(|&score| score >= tau).collect(),
-                    Bound::Count(_) | Bound::HeldOut(_) => largest(&scores, budget),
+                    Bound::Threshold(tau) => collected(scores.iter().map(|&score| score >= tau))?,
+                    Bound::Count(_) | Bound::HeldOut(_) => largest(&scores, budget)?,
                 };
             }
-            Memory::Gradual { open, .. } => found.shut = open.iter().map(|&open| open == 0.0).collect(),
-            Memory::LearntMask { scales, total, .. } => found.shut = self.masked(scales, total, budget),
+            Memory::Gradual { open, .. } => found.shut = collected(open.iter().map(|&open| open == 0.0))?,
+            Memory::LearntMask { scales, total, .. } => found.shut = self.masked(scales, total, budget)?,
         }
-        found
+        Ok(found)
     }
 
     /// Where the loss of the next batch is wanted.
-    fn scales(&self) -> Vec<f32> {
+    fn scales(&self) -> Result<Vec<f32>> {
         match &self.memory {
-            Memory::Algorithm1 { scales, .. } => scales.iter().map(|&scale| scale as f32).collect(),
-            Memory::Gradual { open, .. } => open.clone(),
+            Memory::Algorithm1 { scales, .. } => collected(scales.iter().map(|&scale| scale as f32)),
+            Memory::Gradual { open, .. } => copied(open),
             Memory::LearntMask { scales, total, .. } => {
-                self.masked(scales, total, self.budget()).iter().map(|&shut| f32::from(u8::from(!shut))).collect()
+                let shut = self.masked(scales, total, self.budget())?;
+                collected(shut.into_iter().map(|shut| f32::from(u8::from(!shut))))
             }
         }
     }
@@ -278,19 +289,19 @@ impl Search {
     /// `1 - s + 0.4 q`, where `q` is the sum of all slopes so far over its largest entry: Adam brings weights of small and
     /// of large effect down alike, `q` puts the large ones first. What is allowed grows geometrically to the budget over
     /// the first half of the batches.
-    fn masked(&self, scales: &[f32], total: &[f64], budget: usize) -> Vec<bool> {
-        let shut: Vec<bool> = scales.iter().map(|&scale| scale < 0.5).collect();
+    fn masked(&self, scales: &[f32], total: &[f64], budget: usize) -> Result<Vec<bool>> {
+        let shut = collected(scales.iter().map(|&scale| scale < 0.5))?;
         let grown = (self.losses.len() as f64 / (0.5 * self.batches as f64).max(1.0)).min(1.0);
         let allowed = (budget as f64).powf(grown).round() as usize;
         if shut.iter().filter(|&&shut| shut).count() <= allowed {
-            return shut;
+            return Ok(shut);
         }
         let top = total.iter().fold(1e-30, |top: f64, value| top.max(value.abs()));
         let rank = |index: usize| match shut[index] {
             true => 1.0 - f64::from(scales[index]) + 0.4 * total[index] / top,
             false => 0.0,
         };
-        largest(&(0..shut.len()).map(rank).collect::<Vec<_>>(), allowed)
+        largest(&collected((0..shut.len()).map(rank))?, allowed)
     }
 
     /// All that it remembers, by name and `[N]` each: with [`Search::losses`] what a checkpoint holds.
@@ -341,25 +352,19 @@ pub(super) fn finite_slope(loss: Loss<'_>, scales: &[f32], batch: usize, place: 
     Ok(slope)
 }
 
-pub(super) fn filled<T: Clone>(count: usize, value: T) -> Result<Vec<T>> {
-    let mut filled = Vec::new();
-    filled.try_reserve_exact(count)?;
-    filled.resize(count, value);
-    Ok(filled)
-}
-
-/// Shuts the open weights of the largest scores until `goal` are shut, and begins to score anew.
-fn close_stage(open: &mut [f32], scores: &mut [f64], goal: usize) {
+/// Shuts the open weights of the largest scores until `goal` are shut. Answers the scores from which the next stage begins.
+fn close_stage(open: &mut [f32], mut scores: Vec<f64>, goal: usize) -> Result<Vec<f64>> {
     let already = open.iter().filter(|&&open| open == 0.0).count();
     scores.iter_mut().zip(&*open).filter(|(_, open)| **open == 0.0).for_each(|(score, _)| *score = 0.0);
-    let more = largest(scores, goal.saturating_sub(already));
+    let more = largest(&scores, goal.saturating_sub(already))?;
     open.iter_mut().zip(more).filter(|(_, more)| *more).for_each(|(open, _)| *open = 0.0);
     scores.fill(0.0);
+    Ok(scores)
 }
 
 /// The `budget` largest scores above zero; of equal ones those of lower index.
-fn largest(scores: &[f64], budget: usize) -> Vec<bool> {
-    let mut order: Vec<u32> = (0..scores.len() as u32).filter(|&index| scores[index as usize] > 0.0).collect();
+fn largest(scores: &[f64], budget: usize) -> Result<Vec<bool>> {
+    let mut order = collected((0..scores.len() as u32).filter(|&index| scores[index as usize] > 0.0))?;
     let falling = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
     if budget < order.len() {
         if budget > 0 {
@@ -367,9 +372,9 @@ fn largest(scores: &[f64], budget: usize) -> Vec<bool> {
         }
         order.truncate(budget);
     }
-    let mut chosen = vec![false; scores.len()];
+    let mut chosen = filled(scores.len(), false)?;
     order.into_iter().for_each(|index| chosen[index as usize] = true);
-    chosen
+    Ok(chosen)
 }
 
 fn correlation(a: &[f64], b: &[f64]) -> f64 {

@@ -3,9 +3,10 @@
 //! The values start at zero, where a set shuts its weights, and are learnt by AdamW (Loshchilov and Hutter, arXiv
 //! 1711.05101) in the unit of each weight: the standard deviation of its projection. This file knows no network.
 
-use super::search::{Loss, Numbers, filled, finite_slope};
+use super::search::{Loss, Numbers, finite_slope};
 use crate::concept::Precision;
 use crate::error::{Error, Result};
+use crate::memory::{collected, filled, zeroed};
 
 /// How a set's values are learnt.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -80,7 +81,7 @@ impl Tuning {
         if members.is_empty() {
             return Err(Error::invalid_argument("the search found no weight whose shutting lowers the loss, to tune"));
         }
-        let zeros = || filled(members.len(), 0f32);
+        let zeros = || zeroed::<f32>(members.len());
         let (values, mean, square) = (zeros()?, zeros()?, zeros()?);
         Ok(Self { options, count, members, weights, units, values, mean, square, losses: Vec::new() })
     }
@@ -121,14 +122,20 @@ impl Tuning {
     }
 
     /// The values so far, in the unit of the weights.
-    pub fn values(&self) -> Vec<f32> {
-        self.values.iter().zip(&self.units).map(|(value, unit)| value * unit).collect()
+    ///
+    /// Errors: [`crate::Status::OutOfMemory`].
+    pub fn values(&self) -> Result<Vec<f32>> {
+        collected(self.own_values())
+    }
+
+    fn own_values(&self) -> impl Iterator<Item = f32> {
+        self.values.iter().zip(&self.units).map(|(value, unit)| value * unit)
     }
 
     /// Where the loss of the next step is wanted.
     fn scales(&self) -> Result<Vec<f32>> {
         let mut scales = filled(self.count, 1f32)?;
-        for ((&member, value), weight) in self.members.iter().zip(self.values()).zip(&self.weights) {
+        for ((&member, value), weight) in self.members.iter().zip(self.own_values()).zip(&self.weights) {
             scales[member] = if *weight == 0.0 { 0.0 } else { value / weight };
         }
         Ok(scales)
@@ -197,7 +204,7 @@ mod tests {
                 .unwrap();
         }
         assert_eq!(seen, (0..200).collect::<Vec<_>>());
-        assert!(tuned.values().iter().zip(&GOAL[1..]).all(|(value, goal)| (value - goal).abs() < 1e-3));
+        assert!(tuned.values().unwrap().iter().zip(&GOAL[1..]).all(|(value, goal)| (value - goal).abs() < 1e-3));
         assert_eq!(tuned.losses()[0], 0.5 * (0.75f64.powi(2) + 0.25 + 2.25), "the first batch sees them shut");
     }
 

@@ -11,6 +11,7 @@ use ort::sys;
 
 use super::api::{Api, call};
 use crate::error::{Error, Result};
+use crate::memory::copied;
 
 /// The type of a tensor's elements. The numbers are ONNX's.
 #[repr(i32)]
@@ -360,13 +361,6 @@ impl Tensor {
         let data = NonNull::new(data.cast()).unwrap_or(NonNull::<u64>::dangling().cast());
         Ok(Self::from_owner(element_type, &shape, data, device, Box::new((value, keep))))
     }
-}
-
-fn copied<T: Element>(data: &[T]) -> Result<Vec<T>> {
-    let mut copy = Vec::new();
-    copy.try_reserve_exact(data.len())?;
-    copy.extend_from_slice(data);
-    Ok(copy)
 }
 
 /// The product of the dimensions, if its bytes fit in memory's address space.
