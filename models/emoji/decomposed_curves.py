@@ -83,7 +83,9 @@ def points(pipeline, pictures):
 def plot(rows, plain):
     """One picture of the points that were measured; `plain` is the row of the plain process on the same prompts."""
     measures = {
-        "kernel distance to rendered scenes": lambda row: [row["kernel_distance"][k] for k in ("value", "low", "high")],
+        "kernel distance to training's scenes": lambda row: [
+            row["kernel_distance"]["to_training_scenes"][k] for k in ("value", "low", "high")
+        ],
         "every object found, %": lambda row: [100 * row["every_object_found"][k] for k in ("share", "low", "high")],
     }
     panels = []
