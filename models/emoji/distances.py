@@ -15,29 +15,34 @@ def _kernel(x, y):
     return (x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3
 
 
-def _within(kernel):
-    """The mean over pairs of different pictures."""
-    return (kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1))
+def _by_prompt(kernel, rows, columns):
+    """The kernel's means over the pictures of each pair of prompts."""
+    return kernel.reshape(len(kernel) // rows, rows, -1, columns).mean((1, 3))
 
 
 class KernelDistance:
-    """KID (Binkowski et al. 2018, arXiv 1801.01401) to a reference: the unbiased squared maximum mean discrepancy under the
-    kernel (x . y / D + 1)^3. Kernels are computed once, since intervals ask for many parts of the same pictures."""
+    """KID (Binkowski et al. 2018, arXiv 1801.01401) to a reference of the same prompts, `each` pictures of a prompt in a
+    row: the unbiased squared maximum mean discrepancy under the kernel (x . y / D + 1)^3.
 
-    def __init__(self, reference):
-        self.reference, self.kernel = reference, _kernel(reference, reference)
-        self.within = _within(self.kernel)
+    Only pictures of different prompts are paired. That leaves the estimate unbiased, as prompts are drawn independently and
+    so are the pictures of a prompt; and since both sides show the same prompts, which ones they are falls out of the
+    difference, where it is most of the noise of a distance between samples of prompts of their own."""
 
-    def of(self, seen):
-        """A function that gives the distance of some rows of `seen`: to the same rows of the reference if it has as many,
-        else to all of it."""
-        own, across = _kernel(seen, seen), _kernel(seen, self.reference)
+    def __init__(self, reference, each):
+        self.reference, self.each = reference, each
+        self.within = _by_prompt(_kernel(reference, reference), each, each)
 
-        def distance(rows):
-            square = np.ix_(rows, rows)
-            if len(seen) == len(self.reference):
-                return _within(own[square]) + _within(self.kernel[square]) - 2 * across[square].mean()
-            return _within(own[square]) + self.within - 2 * across[rows].mean()
+    def of(self, seen, each):
+        """A function that gives the distance on some prompts, by index; `seen` shows the first ones, `each` pictures of
+        each in a row."""
+        prompts = len(seen) // each
+        across = _by_prompt(_kernel(seen, self.reference[: prompts * self.each]), each, self.each)
+        within = _by_prompt(_kernel(seen, seen), each, each)
+        discrepancy = within + self.within[:prompts, :prompts] - across - across.T
+
+        def distance(chosen):
+            part = discrepancy[np.ix_(chosen, chosen)]
+            return (part.sum() - np.trace(part)) / (len(part) * (len(part) - 1))
 
         return distance
 
@@ -51,16 +56,12 @@ def frechet_distance(a, b):
     return float(apart + sum(np.trace(c) for c in covariances) - 2 * root)
 
 
-def interval(statistic, prompts, each, times=200, seed=0):
-    """`statistic(rows)` of all pictures, `each` of a prompt in a row, with its 95 % interval, by halves of the prompts drawn
-    without replacement (delete-half jackknife): their spread about the whole is that of the whole, and no picture stands
-    twice in a sample, which would bias a kernel distance."""
+def interval(statistic, prompts, times=200, seed=0):
+    """`statistic(chosen)` of all prompts with its 95 % interval, by halves of the prompts drawn without replacement
+    (delete-half jackknife): their spread about the whole is that of the whole, and no prompt stands twice in a sample,
+    which would bias a kernel distance."""
     rng = np.random.default_rng(seed)
-
-    def of(chosen):
-        return statistic((each * chosen[:, None] + np.arange(each)).ravel())
-
-    whole = of(np.arange(prompts))
-    spread = np.array([of(rng.choice(prompts, prompts // 2, replace=False)) for _ in range(times)]) - whole
-    low, high = np.quantile(spread, (0.025, 0.975))
+    whole = statistic(np.arange(prompts))
+    halves = [rng.choice(prompts, prompts // 2, replace=False) for _ in range(times)]
+    low, high = np.quantile(np.array([statistic(half) for half in halves]) - whole, (0.025, 0.975))
     return {"value": float(whole), "low": float(whole + low), "high": float(whole + high)}
