@@ -15,7 +15,8 @@ pub fn run(full: bool, filter: Option<&str>) -> Result<()> {
     let interpreter = python::environment()?;
     let test = |what: &str, arguments: &[&str]| -> Result<()> {
         let mut command = cargo()?;
-        command.arg("test").args(arguments);
+        // One test that fails hides no other.
+        command.args(["test", "--no-fail-fast"]).args(arguments);
         command.env("MACULA_ONNXRUNTIME", &runtime).env("MACULA_PYTHON", &interpreter);
         if full {
             command.env("MACULA_FULL_TESTS", "1");
