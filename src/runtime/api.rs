@@ -80,7 +80,16 @@ fn kind(code: i32, message: &str) -> Status {
     const INVALID_PROTOBUF: i32 = sys::OrtErrorCode::ORT_INVALID_PROTOBUF as i32;
     const INVALID_GRAPH: i32 = sys::OrtErrorCode::ORT_INVALID_GRAPH as i32;
     const NOT_IMPLEMENTED: i32 = sys::OrtErrorCode::ORT_NOT_IMPLEMENTED as i32;
-    let memory = ["bad_alloc", "Failed to allocate memory", "out of memory", "OUT_OF_MEMORY", "Available memory of"];
+    // The last two: a thread whose stack can't be had.
+    let memory = [
+        "bad_alloc",
+        "Failed to allocate memory",
+        "out of memory",
+        "OUT_OF_MEMORY",
+        "Available memory of",
+        "Cannot allocate memory",
+        "pthread_create failed",
+    ];
     if memory.iter().any(|words| message.contains(words)) {
         return Status::OutOfMemory;
     }
