@@ -2307,7 +2307,8 @@ typedef struct {
   void *progress_userdata;
   /**
    * Seed of all noise; the same seed gives the same picture on every machine with the same provider. Picture `i` has
-   * the noise of picture `first_picture + i` of the seed, so batches can be cut at will. Default: `0`.
+   * the noise of picture `first_picture + i` of the seed, so batches can be cut at will. A decomposed process sees the
+   * components of the plain one's noise, so that one seed gives much the same picture by both. Default: `0`.
    */
   uint64_t seed;
   /**

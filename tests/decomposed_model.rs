@@ -133,7 +133,7 @@ fn options(schedule: &Schedule) -> DrawOptions<'_> {
 }
 
 #[test]
-fn a_draw_is_the_walk_driven_step_by_step_with_the_seeds_noise() {
+fn a_draw_is_the_walk_driven_step_by_step_with_one_noise_of_full_size() {
     let mut pipeline = pipeline();
     let trained = pipeline.schedule().unwrap().clone();
     let ordinary = ordinary(&trained);
@@ -155,14 +155,17 @@ fn a_draw_is_the_walk_driven_step_by_step_with_the_seeds_noise() {
         pipeline.draw(&options, Some(&mut on_step), &mut Job::default()).unwrap();
         let walked = sampler.map_or(schedule.clone(), |sampler| schedule.with_sampler(sampler).unwrap());
         let plan = Plan::new(&walked, PlanOptions { eta, ..PlanOptions::new(options.steps) }).unwrap();
-        let mut trajectory = Trajectory::new(plan, [2, 3, 64, 64]).unwrap();
-        let mut state = trajectory.begin(&normal(11, 0, trajectory.shape()), None).unwrap();
+        let shape = [2, 3, 64, 64];
+        let at = |level: usize| Size { planes: 6, height: 64 >> level, width: 64 >> level };
+        let mut trajectory = Trajectory::new(plan, shape).unwrap();
+        let start = |stage| (0..stage).fold(normal(11, 0, shape), |noise, level| down(&noise, at(level)).unwrap());
+        let mut state = trajectory.begin(&start(trajectory.stage()), None).unwrap();
         let prompts = vec![options.prompts[0].clone(); 2];
         while let Some((index, step)) = trajectory.current() {
             let (shape, stage) = (trajectory.shape(), step.stage);
             let label = schedule.class_label(stage).unwrap();
             let noise = step.needs_noise().then(|| normal(11, index as u32 + 1, shape));
-            let lift = step.lift.map(|_| normal(11, u32::MAX - (stage as u32 - 1), trajectory.shape_at(stage - 1)));
+            let lift = step.lift.map(|_| start(stage - 1));
             let timestep = step.timestep();
             let input = trajectory.model_input(&state).unwrap();
             let prediction = predict(&mut pipeline, &prompts, options.guidance, label, &input, shape, timestep);

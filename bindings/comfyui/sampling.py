@@ -33,7 +33,7 @@ class DecomposedProcess(comfy.samplers.Sampler):
         trajectory = self.schedule.begin(
             batch=batch, channels=channels, height=height, width=width, start_step=self.first_step(sigmas), **self.walk
         )
-        # Another seed than that of the start noise, which ComfyUI drew.
+        # What steps add has another seed than the start noise, which ComfyUI drew and which lifts bring back too.
         generator = torch.Generator().manual_seed(((extra_args.get("seed") or 0) + 1) % 2**64)
 
         def normal(shape):
@@ -67,7 +67,7 @@ class DecomposedProcess(comfy.samplers.Sampler):
             state, clean = trajectory.step(
                 state, prediction,
                 normal(now.shape) if now.needs_noise else None,
-                normal(now.next_shape) if now.lifts else None,
+                coarse(own(noise), now.next_shape) if now.lifts else None,
             )
             if callback is not None:
                 callback(step, torch.from_numpy(clean), torch.from_numpy(state), steps)

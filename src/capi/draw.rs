@@ -83,7 +83,8 @@ pub struct macula_draw_options {
     /// Given to `progress` as it is. May be NULL. Default: `NULL`.
     pub progress_userdata: *mut c_void,
     /// Seed of all noise; the same seed gives the same picture on every machine with the same provider. Picture `i` has
-    /// the noise of picture `first_picture + i` of the seed, so batches can be cut at will. Default: `0`.
+    /// the noise of picture `first_picture + i` of the seed, so batches can be cut at will. A decomposed process sees the
+    /// components of the plain one's noise, so that one seed gives much the same picture by both. Default: `0`.
     pub seed: u64,
     /// Guidance scale w, 0 to 1000: the prediction is `uncond + w * (cond - uncond)`. 1 does without the unconditional
     /// pass and is twice as fast. Default: `7.5`.

@@ -4,6 +4,7 @@
 
 use std::ops::ControlFlow;
 
+use super::decomposed::operators::{Size, down};
 use super::decomposed::{Plan, Trajectory};
 use super::noise::standard_normal;
 use super::precision;
@@ -75,6 +76,10 @@ fn deviation(values: &[f32]) -> f64 {
 pub type GivenNoise<'a> = &'a mut (dyn FnMut(usize, &mut [f32]) + 'a);
 
 /// Where noise comes from. Values are standard normal.
+///
+/// From a seed, a decomposed walk has the start noise of the plain one: it begins with the coordinates of the first stage,
+/// and each lift adds those of the component that comes back. They are orthogonal, so independent, and one seed gives much
+/// the same picture by both processes.
 #[derive(Default)]
 pub struct Noise<'a> {
     /// The seed of [`standard_normal`].
@@ -85,8 +90,7 @@ pub struct Noise<'a> {
     pub start: Option<&'a [f32]>,
     /// The noise that steps add, if the host gives it.
     pub step: Option<GivenNoise<'a>>,
-    /// The noise that lifts add, of the size that they lead to, if the host gives it. From the seed, a lift to stage `k`
-    /// has the step number `2^32 - 1 - k` of [`standard_normal`].
+    /// The noise that lifts add, of the size that they lead to, if the host gives it.
     pub lift: Option<GivenNoise<'a>>,
 }
 
@@ -160,7 +164,7 @@ impl Walk<'_, '_> {
                 "a walk that starts at step {first} needs a clean state to start from"
             )));
         }
-        let start = noise.start_of(trajectory.shape())?;
+        let start = noise.start_of(&trajectory)?;
         let unets = used(unets, trajectory.stage())?;
         condition(unets, conditioning)?;
         if trajectory.stage() > 0 {
@@ -199,8 +203,7 @@ impl Walk<'_, '_> {
                 _ => prediction,
             };
             let added = if needs_noise { Some(noise.of_step(index, here)?) } else { None };
-            let lifted =
-                if lifts { Some(noise.of_lift(index, stage - 1, trajectory.shape_at(stage - 1))?) } else { None };
+            let lifted = if lifts { Some(noise.of_lift(index, &trajectory)?) } else { None };
             let clean = trajectory.step(&mut state, &prediction, added.as_deref(), lifted.as_deref())?;
             finite(&state, batch, "the state")?;
             if let Some(on_step) = &mut on_step {
@@ -265,9 +268,10 @@ fn times_batch([batch, channels, height, width]: [usize; 4], passes: usize) -> [
 }
 
 impl Noise<'_> {
-    fn start_of(&self, shape: [usize; 4]) -> Result<Vec<f32>> {
+    fn start_of(&self, trajectory: &Trajectory) -> Result<Vec<f32>> {
+        let shape = trajectory.shape();
         match self.start {
-            None => self.of_seed(0, shape),
+            None => self.seen_at(trajectory.stage(), trajectory.shape_at(0)),
             Some(start) if start.len() == shape.iter().product::<usize>() => {
                 precision::collect(start.len(), start.iter().copied())
             }
@@ -286,11 +290,22 @@ impl Noise<'_> {
         }
     }
 
-    fn of_lift(&mut self, index: usize, stage: usize, shape: [usize; 4]) -> Result<Vec<f32>> {
+    fn of_lift(&mut self, index: usize, trajectory: &Trajectory) -> Result<Vec<f32>> {
+        let stage = trajectory.stage() - 1;
         match &mut self.lift {
-            Some(given) => fill(shape, |out| given(index, out)),
-            None => self.of_seed(u32::MAX - stage as u32, shape),
+            Some(given) => fill(trajectory.shape_at(stage), |out| given(index, out)),
+            None => self.seen_at(stage, trajectory.shape_at(0)),
         }
+    }
+
+    /// The start noise of clean states of this shape, in the coordinates of a stage.
+    fn seen_at(&self, stage: usize, [batch, channels, height, width]: [usize; 4]) -> Result<Vec<f32>> {
+        let size = Size { planes: batch * channels, height, width };
+        let mut noise = self.of_seed(0, [batch, channels, height, width])?;
+        for level in 0..stage {
+            noise = down(&noise, size.halved(level)?)?;
+        }
+        Ok(noise)
     }
 
     fn of_seed(&self, step: u32, shape: [usize; 4]) -> Result<Vec<f32>> {

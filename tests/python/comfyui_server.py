@@ -424,18 +424,20 @@ class Nodes(unittest.TestCase):
         prompts = [self.direct.pipeline.encode_prompt(text) for text in (prompt, "")]
         walk = self.direct.pipeline.schedule.begin(steps=steps, start_step=start, eta=0.5)
         rng, levels = torch.Generator().manual_seed(SEED + 1), sigmas()
-        factor = 64 // walk.now.shape[2]
-        noise = noise_of(SEED, 1, 64).reshape(1, 3, 64 // factor, factor, 64 // factor, factor).sum((3, 5)) / factor
-        state = walk.start(noise, None if clean is None else np.clip(clean, -1, 1))
+
+        def noise(shape):
+            factor = 64 // shape[2]
+            return noise_of(SEED, 1, 64).reshape(1, 3, 64 // factor, factor, 64 // factor, factor).sum((3, 5)) / factor
+
+        state = walk.start(noise(walk.now.shape), None if clean is None else np.clip(clean, -1, 1))
         while not (now := walk.now).done:
             sigma = levels[int(now.timestep)]
             scale = np.sqrt(sigma**2 + 1)
             given = state.astype(np.float64) * now.input_scale * scale
             clean = self.direct.denoised(given, now.timestep, sigma, prompts, now.class_label)
             prediction = (given / scale**2 - clean) * scale / sigma
-            noises = [torch.randn(shape, generator=rng).numpy() if wanted else None
-                      for wanted, shape in [(now.needs_noise, now.shape), (now.lifts, now.next_shape)]]
-            state, _ = walk.step(state, prediction, *noises)
+            added = torch.randn(now.shape, generator=rng).numpy() if now.needs_noise else None
+            state, _ = walk.step(state, prediction, added, noise(now.next_shape) if now.lifts else None)
         return state
 
     def searching(self, **inputs):
