@@ -128,6 +128,11 @@ def is_hidden_matrix(name, parameter):
     return parameter.ndim > 1 and not any(end in name for end in ends)
 
 
+def reads_text(name):
+    """True for the text encoder and the cross-attention's keys and values, which concept files are made for."""
+    return name.startswith("text_encoder.") or any(end in name for end in ("attn2.to_k.", "attn2.to_v."))
+
+
 def orthogonal(matrix):
     """A matrix [M, N] with its singular values brought near one by five Newton-Schulz steps.
 
@@ -149,7 +154,7 @@ class Training:
     the hidden matrices, with steps as long as Adam's (Liu et al. 2025), and AdamW for everything else.
     """
 
-    def __init__(self, model, workers, device):
+    def __init__(self, model, workers, device, keep_text=False):
         start = torch.cat([p.detach().flatten() for p in model.parameters()]).to(device)
         self.weights, self.average = start, start.clone()
         self.gradients = torch.zeros(workers, len(start), device=device)
@@ -159,11 +164,11 @@ class Training:
         if device == "cpu":
             for value in vars(self).values():
                 value.share_memory_()
-        self.shares = self._shared_out(model, workers)
+        self.shares = self._shared_out(model, workers, keep_text)
 
     @staticmethod
-    def _shared_out(model, workers):
-        """For every worker its parameters as (slice of the vectors, shape of the matrix or None).
+    def _shared_out(model, workers, keep_text):
+        """For every worker its parameters as (slice of the vectors, shape of the matrix or None, decay).
 
         Orthogonalising costs length times the shorter side; the dearest goes first to whoever has least to do.
         """
@@ -172,7 +177,8 @@ class Training:
             rows, count = parameter.shape[0], parameter.numel()
             matrix = (rows, count // rows) if is_hidden_matrix(name, parameter) else None
             cost = count * (min(matrix) + 10 if matrix else 10)
-            costs.append((cost, slice(at, at + count), matrix, 0.01 * (parameter.ndim > 1)))
+            if not (keep_text and reads_text(name)):
+                costs.append((cost, slice(at, at + count), matrix, 0.01 * (parameter.ndim > 1)))
             at += count
         shares, load = [[] for _ in range(workers)], [0] * workers
         for cost, *task in sorted(costs, key=lambda entry: -entry[0]):
@@ -251,6 +257,7 @@ def work_on(rank, training, shared_barrier, state, options):
         # Seeded by the step, so a resumed run sees the batches that an unbroken one would have seen.
         rng = random.Random(options.seed * 1_000_003 + state["step"])
         sizes, counts, tidy = plan(progress)
+        sizes = options.shares or sizes
         newest = options.newest if progress < 0.9 else 0
         size = rng.choices((64, 32, 16), sizes)[0]
         rng.seed(f"{rng.random()} {rank}")
@@ -301,6 +308,8 @@ def main():
     parser.add_argument("--workers", type=int, help="processes; by default one per core, or one on a GPU")
     parser.add_argument("--batch", type=int, default=16, help="pictures of 64 px per worker and step; 2 and 4 times as many of 32 and 16 px")
     parser.add_argument("--newest", type=int, default=0, help="the last N objects come twice as often until 90 %% of the plan: for a run that goes on with new ones")
+    parser.add_argument("--shares", type=float, nargs=3, help="of 64, 32 and 16 px batches, in place of the curriculum's")
+    parser.add_argument("--keep-text", action="store_true", help="leave the text encoder, keys and values as they are, and so concept files valid")
     parser.add_argument("--fresh", action="store_true", help="start from new weights")
     options = parser.parse_args()
     if options.workers is None:
@@ -316,7 +325,7 @@ def main():
         from export import load_shipped_weights
 
         state = load_shipped_weights(model) or state
-    training = Training(model, options.workers, options.device)
+    training = Training(model, options.workers, options.device, options.keep_text)
     if resumed:
         saved = torch.load(checkpoint, map_location=options.device, weights_only=True)
         training.load(saved)
