@@ -2193,8 +2193,8 @@ macula_status macula_trajectory_start(const macula_trajectory *trajectory,
  * - `out_clean`: a tensor of the present size whose memory receives the clean state as it is predicted now, in units of
  *   the full-sized one; may be NULL.
  *
- * Errors: `INVALID_ARGUMENT` for other shapes, missing noise, and at the end; `BUSY` during another call. After any of
- * them the trajectory is where it was. Any thread.
+ * Errors: `INVALID_ARGUMENT` for other shapes, missing noise, results that overlap, and at the end; `BUSY` during another
+ * call. After any of them the trajectory is where it was. Any thread.
  */
 macula_status macula_trajectory_step(macula_trajectory *trajectory,
                                      const macula_tensor *sample,

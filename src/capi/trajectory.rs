@@ -279,8 +279,8 @@ pub unsafe extern "C" fn macula_trajectory_start(
 /// - `out_clean`: a tensor of the present size whose memory receives the clean state as it is predicted now, in units of
 ///   the full-sized one; may be NULL.
 ///
-/// Errors: `INVALID_ARGUMENT` for other shapes, missing noise, and at the end; `BUSY` during another call. After any of
-/// them the trajectory is where it was. Any thread.
+/// Errors: `INVALID_ARGUMENT` for other shapes, missing noise, results that overlap, and at the end; `BUSY` during another
+/// call. After any of them the trajectory is where it was. Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_trajectory_step(
     trajectory: *mut macula_trajectory,
@@ -311,16 +311,25 @@ pub unsafe extern "C" fn macula_trajectory_step(
         let (noise, lift_noise) = (optional(noise, here, "noise")?, optional(lift_noise, there, "lift_noise")?);
         // Both results' places are looked at before the trajectory moves on; what was given is copied by now.
         // SAFETY: as above.
-        let state_to = unsafe { out_state.f32_mut(&there, "out_state") }?;
-        let clean_to = match out_clean.is_null() {
+        let out_clean = match out_clean.is_null() {
             true => None,
-            // SAFETY: as above.
-            false => Some(unsafe { reference(out_clean, "out_clean")?.f32_mut(&here, "out_clean") }?),
+            false => Some(unsafe { reference(out_clean, "out_clean") }?),
         };
+        // SAFETY: as above, and each is looked at alone.
+        let state_at = unsafe { out_state.f32_mut(&there, "out_state") }?.as_ptr_range();
+        if let Some(out_clean) = out_clean {
+            // SAFETY: as above.
+            let clean_at = unsafe { out_clean.f32_mut(&here, "out_clean") }?.as_ptr_range();
+            if state_at.start < clean_at.end && clean_at.start < state_at.end {
+                return Err(Error::invalid_argument("out_state and out_clean overlap, each needs memory of its own"));
+            }
+        }
         let clean = walk.step(&mut next, &prediction, noise.as_deref(), lift_noise.as_deref())?;
-        state_to.copy_from_slice(&next);
-        if let Some(clean_to) = clean_to {
-            clean_to.copy_from_slice(&clean);
+        // SAFETY: as above; they don't overlap.
+        unsafe { out_state.f32_mut(&there, "out_state") }?.copy_from_slice(&next);
+        if let Some(out_clean) = out_clean {
+            // SAFETY: as above.
+            unsafe { out_clean.f32_mut(&here, "out_clean") }?.copy_from_slice(&clean);
         }
         Ok(())
     })

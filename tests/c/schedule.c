@@ -195,6 +195,9 @@ static void drawing_and_driving(const macula_schedule *schedule, int ordinary) {
              macula_trajectory_step(trajectory, &sample, &predicted, NULL, NULL, &out, NULL));
       EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "out_state",
              macula_trajectory_step(trajectory, &sample, &predicted, NULL, &lifted, &sample, NULL));
+    } else {
+      EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "overlap",
+             macula_trajectory_step(trajectory, &sample, &predicted, NULL, NULL, &out, &out));
     }
     OK(macula_trajectory_step(trajectory, &sample, &predicted, NULL, info.lifts ? &lifted : NULL, &out, &shown));
     for (size_t at = 0; at < 3 * info.height * info.width; at++) {
