@@ -1,7 +1,9 @@
-//! Memory that may not be there: vectors whose size comes from a file or a caller, as an error where `vec!` and `collect`
-//! would end the process. Knows nothing of what they hold.
+//! Memory that may not be there: vectors whose size comes from a file or a caller, and stacks of threads, as an error where
+//! `vec!`, `collect` and a thread's start would end the process. Knows nothing of what they hold.
 
-use crate::error::Result;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::error::{Error, Result, Status};
 
 /// `count` times the default: zero for numbers.
 pub(crate) fn zeroed<T: Clone + Default>(count: usize) -> Result<Vec<T>> {
@@ -57,10 +59,25 @@ pub(crate) fn room(bytes: usize) -> Result<()> {
     Ok(())
 }
 
+/// What a thread takes when it starts: its stack, the one for signals, and what its first allocations set aside.
+const THREAD: usize = 4 << 20;
+
+/// So many threads, 0 for one a core, all of them at work when this returns: one that finds no memory for its second stack
+/// ends the process, so none may start later, when there may be less.
+pub(crate) fn threads(count: usize, name: &'static str) -> Result<ThreadPool> {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    room(THREAD.saturating_mul(if count == 0 { cores() } else { count }))?;
+    let pool = ThreadPoolBuilder::new().num_threads(count).thread_name(move |index| format!("{name}-{index}"));
+    let pool = pool
+        .build()
+        .map_err(|error| Error::new(Status::OutOfMemory, "threads could not be started").caused_by(error))?;
+    pool.broadcast(|_| ());
+    Ok(pool)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Status;
 
     #[test]
     fn what_can_not_be_had_is_an_error() {

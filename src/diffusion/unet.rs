@@ -17,6 +17,7 @@ use super::precision;
 use super::profiles::ExpectedStates;
 use crate::concept::{Composition, Fingerprint, Held, KeysValues, Output, Projections};
 use crate::error::{Error, Result, Status};
+use crate::memory::threads;
 use crate::onnx::attention::{self, KeyValueInput};
 use crate::onnx::proto::{ValueInfoProto, tensor_shape_proto, type_proto};
 use crate::onnx::{Limits, Model};
@@ -136,11 +137,7 @@ impl Unet {
     }
 
     fn build(runtime: &Runtime, path: &Path, options: &UnetOptions) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .thread_name(|index| format!("macula-{index}"))
-            .build()
-            .map_err(|e| Error::new(Status::OutOfMemory, "threads could not be started").caused_by(e))?;
+        let pool = threads(options.threads, "macula")?;
         let mut model = Model::open(path, &options.limits)?;
         let text = text_port(&model);
         let steering = externalise(&mut model)?;

@@ -18,7 +18,7 @@ use crate::concept::{ProjectionWeights, Projections, Weights};
 use crate::diffusion::precision;
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result, Status};
-use crate::memory::{PANELS, collected, copied, room, zeroed};
+use crate::memory::{PANELS, collected, copied, room, threads, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts};
@@ -133,11 +133,7 @@ impl KeyValueGradient {
         options: &GradientOptions,
         cancel: &CancelToken,
     ) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(options.threads)
-            .thread_name(|index| format!("macula-gradient-{index}"))
-            .build()
-            .map_err(|e| Error::new(Status::OutOfMemory, "threads could not be started").caused_by(e))?;
+        let pool = threads(options.threads, "macula-gradient")?;
         room(GRAPH)?;
         let mut model = Model::open(path, &options.limits)?;
         let found = attention::find(&model, CONTEXT)?;
@@ -194,6 +190,10 @@ impl KeyValueGradient {
             attention::fuse(&mut model)?;
         }
         names.cotangent = gradient.cotangent;
+        if options.effort == Effort::Speed {
+            // Half precision is widened and every kernel packed, those of the backward sweep as well as the forward one's.
+            room(usize::try_from(model.weight_bytes()?).unwrap_or(usize::MAX).saturating_mul(4))?;
+        }
         let session = runtime.session(&model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();
         let inputs = inputs_of(&model)?.into_iter().filter(taken).collect();

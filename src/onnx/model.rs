@@ -159,6 +159,14 @@ impl Model {
         TensorView::new(tensor, external)
     }
 
+    /// Bytes of all initializers, as they are stored.
+    ///
+    /// Errors: those of [`Model::tensor`].
+    pub fn weight_bytes(&self) -> Result<u64> {
+        let sizes = self.graph.initializer.iter().map(|tensor| Ok(self.tensor(tensor)?.byte_len() as u64));
+        sizes.sum()
+    }
+
     /// The external files that the model's tensors lie in.
     pub fn external_files(&self) -> impl Iterator<Item = &ExternalFile> {
         self.files.iter().map(AsRef::as_ref)

@@ -65,10 +65,7 @@ impl Runtime {
     /// changed since the model was opened; [`crate::Status::Unsupported`] for inputs or outputs that are no dense
     /// tensors; [`crate::Status::RuntimeFailed`] with ONNX Runtime's words.
     pub fn session(&self, model: &Model, options: &SessionOptions) -> Result<Session> {
-        let mut weights = 0_u64;
-        for tensor in &model.graph().initializer {
-            weights = weights.saturating_add(model.tensor(tensor)?.byte_len() as u64);
-        }
+        let weights = model.weight_bytes()?;
         let source = model.for_session()?;
         let serialized = Serialized { model: &source.bytes, folder: source.folder.as_deref(), weights };
         if let Some(cache) = &options.cache
