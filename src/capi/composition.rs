@@ -158,6 +158,7 @@ impl macula_term {
             concept: gather(self.subject.addr(), concept, pipeline, work)?,
             strength: self.strength,
             scope,
+            token: concept.token.clone(),
         })
     }
 

@@ -374,7 +374,7 @@ pub unsafe extern "C" fn macula_concept_create(
             let (layers, values): (Vec<Layer>, Vec<Vec<f32>>) = given.into_iter().unzip();
             let neurons = NeuronSet::new(layers)?;
             let values = precision.map(|precision| Values::new(precision, &neurons, values)).transpose()?;
-            let concept = Concept { metadata, neurons, values };
+            let concept = Concept { metadata, neurons, values, token: None };
             out_concept.set(macula_concept::table().insert(macula_concept::new(concept)));
         }
         Ok(())
@@ -487,7 +487,7 @@ pub unsafe extern "C" fn macula_concept_get_info(
         let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let info = unsafe { argument::out_info(out_info, "out_info") }?;
-        let Concept { metadata, neurons, values } = &concept.concept;
+        let Concept { metadata, neurons, values, .. } = &concept.concept;
         let values = values.as_ref();
         info.set(macula_concept_info {
             struct_size: 0,
@@ -740,6 +740,7 @@ fn combine(
             metadata,
             neurons,
             values: None,
+            token: None,
         })));
         Ok(())
     })
