@@ -469,6 +469,31 @@ fn a_word_in_some_of_the_texts_is_learnt_from_these() {
     assert!(moved > 1e-3 && apart < 1e-3 * moved);
 }
 
+/// SDXL's shape: the first chunk of a long prompt goes into the pooled encoding too, the others do not.
+#[test]
+fn two_text_encoders_learn_a_row_each() {
+    let oracle = Oracle::of("sdxl");
+    let mut pipeline = open(&oracle.folder, 2);
+    let pictures = Images::read(format!("{SUBJECTS}/octopus/1.png"), 16, 16).unwrap();
+    let mut request = octopus(&pictures);
+    let Goal::Implant(subject) = &mut request.goal else { unreachable!() };
+    (subject.trigger, subject.class_noun) = ("red".into(), "fox".into());
+    subject.prompts = vec![format!("a red fox {} red", "quick brown ".repeat(40))];
+    request.class_label = 0;
+    let (concept, report) = request.find(&mut pipeline, &mut Job::default()).unwrap();
+    let (rows, held_out) = (concept.token.clone().unwrap(), report.inverted.unwrap().held_out);
+    assert_eq!(rows.rows().iter().map(Vec::len).collect::<Vec<_>>(), [64, 32]);
+    println!("held-out noises: {held_out:?}");
+    assert!(held_out.1 < held_out.0, "{held_out:?}");
+    let base = encoding(&mut pipeline, "a red fox");
+    let row = learnt(&pipeline, "red", rows.rows().to_vec(), 1.0);
+    pipeline.set_concepts(vec![row]).unwrap();
+    let (context, pooled) = encoding(&mut pipeline, "a red fox");
+    assert!(context != base.0 && pooled != base.1);
+    pipeline.set_concepts(Vec::new()).unwrap();
+    assert_eq!(encoding(&mut pipeline, "a red fox"), base);
+}
+
 #[test]
 fn inversions_that_make_no_sense_are_refused() {
     let pictures = pictures("octopus");
