@@ -73,7 +73,7 @@ fn concept(base: &Projections, density: f64, clustered: bool, seed: u64) -> Outc
         layers.push(Layer::new(projection.path.clone(), projection.out_features, CONTEXT, indices)?);
     }
     let metadata = Metadata::new(base.fingerprint(), "random", "stable-diffusion-v1/concept-neurons");
-    Ok(Concept { metadata, neurons: NeuronSet::new(layers)?, values: None })
+    Ok(Concept { metadata, neurons: NeuronSet::new(layers)?, values: None, token: None })
 }
 
 /// Size and reading speed of concept files over densities; the worst of each counts.

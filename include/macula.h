@@ -1087,12 +1087,17 @@ typedef struct {
    * Zero.
    */
   int32_t reserved;
+  /**
+   * Number of text encoders for which the embedding of its trigger was learnt, for `macula_concept_get_token_row`; 0 if
+   * it was not.
+   */
+  size_t token_row_count;
 } macula_concept_info;
 
 /**
  * An empty struct to be filled in: `macula_concept_info x = MACULA_CONCEPT_INFO_INIT;`
  */
-#define MACULA_CONCEPT_INFO_INIT { sizeof(macula_concept_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
+#define MACULA_CONCEPT_INFO_INIT { sizeof(macula_concept_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 }
 
 /**
  * One projection of a concept. The text belongs to the concept handle.
@@ -1309,6 +1314,21 @@ macula_status macula_concept_get_values(const macula_concept *subject,
                                         size_t count);
 
 /**
+ * The learnt embedding of a concept's trigger for one text encoder: the row that takes the place of the trigger's own in the
+ * encoder's table while the concept is composed (textual inversion, arXiv 2208.01618).
+ *
+ * - `subject`: a live concept; not NULL.
+ * - `encoder`: below `token_row_count` of `macula_concept_info`; encoders count as the pipeline's folder does.
+ * - `out_row`: receives the row `[width]`, 32-bit floating point; not NULL. Its memory belongs to the concept and must not
+ *   be written.
+ *
+ * Any thread.
+ */
+macula_status macula_concept_get_token_row(const macula_concept *subject,
+                                           size_t encoder,
+                                           macula_tensor *out_row);
+
+/**
  * One entry of a concept's metadata, as it stands in the file, in the order of the keys' bytes.
  *
  * - `subject`: a live concept; not NULL.
@@ -1338,13 +1358,13 @@ macula_status macula_concept_get_metadata(const macula_concept *subject,
 
 /**
  * The weights of either concept. The result carries the first one's metadata, with a method that names the operation.
- * Concepts with tuned values are refused: compose them instead.
+ * Concepts with tuned values or a learnt embedding are refused: compose them instead.
  *
  * - `first`: a live concept; not NULL.
  * - `second`: a live concept of the same base model; not NULL.
  * - `out_concept`: receives the result; not NULL. Free it with `macula_concept_free`.
  *
- * Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for tuned values. Any thread.
+ * Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for tuned values or a learnt embedding. Any thread.
  */
 macula_status macula_concept_union(const macula_concept *first,
                                    const macula_concept *second,
@@ -1568,9 +1588,11 @@ macula_status macula_pipeline_get_projection(const macula_pipeline *pipeline,
  * Composing and ablating
  *
  * A composition shuts weights of K and V, or gives them tuned values: each is multiplied by the product of `1 - strength`
- * over the concepts that shut it, or goes by `strength` from its own value to the mean of the tuned ones. It stays until it is changed and acts on every draw and denoising step from then on. The base weights are
- * never written and no model is built again, so a change costs milliseconds, and after `macula_composition_clear` the
- * next picture is the base model's, bit for bit.
+ * over the concepts that shut it, or goes by `strength` from its own value to the mean of the tuned ones. Where the embedding
+ * of a concept's trigger was learnt, it goes by `strength` from the text encoder's own to the learnt one, in every prompt that
+ * is encoded while the concept is composed. A composition stays until it is changed and acts on every draw and denoising step
+ * from then on. The base weights are never written and no model is built again, so a change costs milliseconds, and after
+ * `macula_composition_clear` the next picture is the base model's, bit for bit.
  * ============================================================================================================== */
 
 /**
@@ -1618,9 +1640,10 @@ typedef struct {
  * - `terms`: the concepts, `term_count` of them, in any order; may be NULL if there are none.
  * - `term_count`: how many; 0 ends composing.
  *
- * Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for a strength outside 0 to 1, or a concept that was
- * found to erase; `UNSUPPORTED` if this UNet's K and V cannot be composed; `BUSY` during a job. On failure the
- * composition stays as it was. Any thread.
+ * Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for a strength outside 0 to 1, a concept that was found to
+ * erase, two concepts that learnt the embedding of one token, or a learnt embedding that is not of this model's text encoders,
+ * with both widths; `UNSUPPORTED` if this UNet's K and V cannot be composed, or rows of a text encoder cannot be given;
+ * `RUNTIME_FAILED`; `BUSY` during a job. On failure the composition stays as it was. Any thread.
  */
 macula_status macula_compose(macula_pipeline *pipeline,
                              const macula_term *terms,
@@ -2218,7 +2241,8 @@ macula_status macula_trajectory_step(macula_trajectory *trajectory,
 typedef struct {
   /**
    * What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"draw"`,
-   * once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`, `"tune"`.
+   * once for each part of the loss that needs drawn pictures, `"differentiate"`, `"invert"` where an embedding is learnt,
+   * `"search"`, `"choose"` where the density is chosen, `"tune"`.
    */
   const char *stage;
   /**
@@ -2240,7 +2264,8 @@ typedef struct {
    */
   const macula_image *preview;
   /**
-   * Stages `"search"` and `"tune"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
+   * Stages `"invert"`, `"search"` and `"tune"`, from the first batch on: the mean loss of the last ten batches; NaN
+   * otherwise.
    */
   double loss;
 } macula_progress;
@@ -2497,7 +2522,8 @@ typedef struct {
 
 
 /**
- * Encodes a prompt of any length: longer ones than the text encoder's are cut into chunks and joined.
+ * Encodes a prompt of any length: longer ones than the text encoder's are cut into chunks and joined. Learnt embeddings of
+ * the concepts that are composed at the time are in it; K and V of concepts are not, these act where it is used.
  *
  * - `pipeline`: a live pipeline; not NULL.
  * - `prompt`: the text, possibly empty; not NULL.
@@ -2552,8 +2578,9 @@ macula_status macula_pipeline_denoise(macula_pipeline *pipeline,
  * Discovery
  *
  * Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
- * (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead. Search and
- * tuning differentiate the UNet's graph and run the gradient as one more model; the model's own weights are never written.
+ * (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead, and the
+ * embedding of the subject's word may be learnt before. All of it differentiates the graphs of the UNet and the text encoders
+ * and runs the gradients as further models; the model's own weights are never written.
  * ============================================================================================================== */
 
 /**
@@ -2628,8 +2655,8 @@ typedef struct {
   /**
    * A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
    * search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. A
-   * safetensors file: its tensors `losses` and, with tuning, `tuned.losses` are the loss of each batch, 64-bit floating
-   * point. May be NULL. Default: `NULL`.
+   * safetensors file: its tensors `losses`, with a learnt embedding `inverted.losses` and with tuning `tuned.losses` are the
+   * loss of each batch, 64-bit floating point. May be NULL. Default: `NULL`.
    */
   const char *checkpoint;
   /**
@@ -2745,12 +2772,28 @@ typedef struct {
    * Encodings of texts of the class, as `context`; NULL without `class_latents`. Default: `NULL`.
    */
   const macula_tensor *class_context;
+  /**
+   * Step size of learning the trigger's embedding, in standard deviations of the class noun's row, above 0; not read
+   * without `embedding_steps`. Default: `0.1`.
+   */
+  double embedding_rate;
+  /**
+   * Implanting from `pictures`: steps, a batch each, in which the trigger's embedding is learnt before the neurons are
+   * searched (textual inversion, arXiv 2208.01618): a row for each text encoder, which begins at that of the class noun's
+   * first token and lowers the same loss. The neurons are then searched with it, and it comes and goes with the concept.
+   * 0: the embedding stays the model's. Default: `0`.
+   */
+  uint32_t embedding_steps;
+  /**
+   * Zero. Default: `0`.
+   */
+  int32_t reserved;
 } macula_discover_options;
 
 /**
  * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
  */
-#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL }
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL, 0.1, 0, 0 }
 
 /**
  * The one that lowers the held-out loss most for its bytes: at present the learnt mask.
@@ -2797,10 +2840,12 @@ typedef struct {
  * - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
  *
  * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
- * the trigger, a missing anchor, a number outside its range, a checkpoint of another search; `INVALID_FILE` for a damaged
- * checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there; `WRONG_BASE` if the file changed since the
- * pipeline was opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node; `NOT_FINITE` naming
- * the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which leaves the last one.
+ * the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
+ * checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
+ * is not there; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
+ * derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
+ * `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
+ * leaves the last one.
  * After any of them the pipeline draws as before. Any thread; blocks until it is done.
  */
 macula_status macula_discover(macula_pipeline *pipeline,

@@ -106,6 +106,7 @@ fn concept(base: Fingerprint, stride: usize) -> Concept {
         metadata: Metadata::new(base, "a test", "test"),
         neurons: NeuronSet::new(layers.into()).unwrap(),
         values: None,
+        token: None,
     }
 }
 

@@ -6,8 +6,8 @@ use std::process::Command;
 
 use macula::Status;
 use macula::concept::{
-    Concept, Fingerprint, Indices, Layer, MAX_FILE_BYTES, MAX_HEADER_BYTES, Metadata, NeuronSet, Precision, Role,
-    Scope, Selection, Values,
+    Concept, Fingerprint, Indices, Layer, LearntToken, MAX_FILE_BYTES, MAX_HEADER_BYTES, Metadata, NeuronSet,
+    Precision, Role, Scope, Selection, Values,
 };
 use sha2::{Digest, Sha256};
 
@@ -32,7 +32,7 @@ fn concept() -> Concept {
     metadata.seed = Some(u64::MAX);
     metadata.date = "2026-01-02".into();
     metadata.other.insert("modelspec.author".into(), "somebody".into());
-    Concept { metadata, neurons: NeuronSet::new(layers.collect()).unwrap(), values: None }
+    Concept { metadata, neurons: NeuronSet::new(layers.collect()).unwrap(), values: None, token: None }
 }
 
 /// The concept with a value for each neuron.
@@ -42,6 +42,12 @@ fn tuned(precision: Precision) -> Concept {
     let values = layers.map(|layer| layer.indices().iter().map(|index| (index as f32).sin() / 7.0).collect()).collect();
     concept.values = Some(Values::new(precision, &concept.neurons, values).unwrap());
     concept
+}
+
+/// The concept with the embedding of its word, for two text encoders.
+fn with_token() -> Concept {
+    let rows = vec![vec![0.5, -1e-7, 3.25], vec![f32::MIN_POSITIVE, -2.0]];
+    Concept { token: Some(LearntToken::new("<s1>", rows).unwrap()), ..tuned(Precision::F16) }
 }
 
 fn python(arguments: &[&std::ffi::OsStr]) -> String {
@@ -82,6 +88,7 @@ fn python_reads_our_files_and_writes_the_same_bytes() {
     ])
     .unwrap();
     let mut written = vec![("a", concept()), ("b", plain)];
+    written.push(("with a token", with_token()));
     written.extend(Precision::ALL.map(|precision| (precision.name(), tuned(precision))));
     for (name, concept) in &written {
         concept.save(folder.path().join(name).with_extension("safetensors")).unwrap();
@@ -169,8 +176,21 @@ impl Parts {
     }
 
     /// Tensors of values before the others: of so many elements, each of so many bytes, all of which are `byte`.
-    fn values(mut self, kind: &str, dtype: &str, counts: [usize; 2], bytes: usize, byte: u8) -> Self {
-        let moved = bytes * (counts[0] + counts[1]);
+    fn values(self, kind: &str, dtype: &str, counts: [usize; 2], bytes: usize, byte: u8) -> Self {
+        let named = |(path, count): (&&str, usize)| (format!("{path}.values"), count);
+        let tensors = PATHS.iter().zip(counts).map(named).collect();
+        self.before(tensors, dtype, bytes, byte).set("macula.values", kind)
+    }
+
+    /// Learnt rows of two numbers before the others, for text encoders of these numbers.
+    fn rows(self, encoders: &[&str], byte: u8) -> Self {
+        let tensors = encoders.iter().map(|encoder| (format!("text_encoder.{encoder}.token"), 2)).collect();
+        self.before(tensors, "F32", 4, byte).set("macula.token", "<s1>")
+    }
+
+    /// Tensors before the others, by name and elements, each of so many bytes, all of which are `byte`.
+    fn before(mut self, tensors: Vec<(String, usize)>, dtype: &str, bytes: usize, byte: u8) -> Self {
+        let moved = bytes * tensors.iter().map(|(_, count)| count).sum::<usize>();
         for (_, description) in &mut self.tensors {
             let mut described: serde_json::Value = serde_json::from_str(description).unwrap();
             for offset in described["data_offsets"].as_array_mut().unwrap() {
@@ -179,14 +199,14 @@ impl Parts {
             *description = described.to_string();
         }
         let mut begin = 0;
-        for (at, (path, count)) in PATHS.iter().zip(counts).enumerate() {
+        for (at, (name, count)) in tensors.into_iter().enumerate() {
             let end = begin + count * bytes;
             let described = format!(r#"{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[{begin},{end}]}}"#);
-            self.tensors.insert(at, (format!("{path}.values"), described));
+            self.tensors.insert(at, (name, described));
             begin = end;
         }
         self.data.splice(0..0, vec![byte; moved]);
-        self.set("macula.values", kind)
+        self
     }
 
     /// One tensor with this payload, under a right description and hash.
@@ -373,6 +393,28 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, Status)> {
             good().values("float16", "F16", [5, 40], 2, 0).named(0, "up.9.attn2.to_k.values").bytes(),
             InvalidFile,
         ),
+        ("a learnt word without rows", good().set("macula.token", "<s1>").bytes(), InvalidFile),
+        ("rows of no word", good().rows(&["0"], 0).without("macula.token").bytes(), InvalidFile),
+        ("rows of an empty word", good().rows(&["0"], 0).set("macula.token", " ").bytes(), InvalidFile),
+        ("rows that are not finite", good().rows(&["0"], 0xff).bytes(), InvalidFile),
+        ("rows without the first", good().rows(&["1"], 0).bytes(), InvalidFile),
+        ("rows of which one is left out", good().rows(&["0", "2"], 0).bytes(), InvalidFile),
+        ("rows of no number", good().rows(&["0", "x"], 0).bytes(), InvalidFile),
+        (
+            "rows of more encoders than there are",
+            good().rows(&["0", "1", "2", "3", "4", "5", "6", "7", "8"], 0).bytes(),
+            InvalidFile,
+        ),
+        (
+            "a row of half precision",
+            good().before(vec![("text_encoder.0.token".into(), 2)], "F16", 2, 0).set("macula.token", "<s1>").bytes(),
+            InvalidFile,
+        ),
+        (
+            "a row that breaks off",
+            good().rows(&["0"], 0).tensor(0, r#"{"dtype":"F32","shape":[2],"data_offsets":[0,7]}"#).bytes(),
+            InvalidFile,
+        ),
         ("a short fingerprint", good().set("macula.base", "00ff").bytes(), InvalidFile),
         ("a fingerprint of other characters", good().set("macula.base", &"z".repeat(64)).bytes(), InvalidFile),
         ("an unknown role", good().set("macula.role", "enhance").bytes(), InvalidFile),
@@ -433,6 +475,8 @@ fn no_attack_file_is_taken() {
     assert_eq!(Concept::from_bytes(&Parts::good().bytes()).unwrap(), concept(), "the parts make a good file");
     let with_values = Parts::good().values("float16", "F16", [5, 40], 2, 0).bytes();
     assert_eq!(Concept::from_bytes(&with_values).unwrap().values.unwrap().layer(1), [0.0; 40], "these too");
+    let with_rows = Concept::from_bytes(&Parts::good().rows(&["0", "1"], 0).bytes()).unwrap().token.unwrap();
+    assert_eq!((with_rows.word(), with_rows.rows()), ("<s1>", &[vec![0.0; 2], vec![0.0; 2]][..]), "and these");
     assert!(Concept::from_bytes(&Parts::payload(&[&payload(8, 6, 1, 0, &[1])]).bytes()).is_ok());
     let attacks = attacks();
     assert!(attacks.len() >= 40);

@@ -240,7 +240,7 @@ fn every_fifth(pipeline: &Pipeline) -> AppliedConcept {
     });
     let neurons = NeuronSet::new(layers.collect()).unwrap();
     let concept = GatheredConcept::from_neurons(&neurons, &projections, pipeline.unet().pool()).unwrap();
-    AppliedConcept { concept, strength: 1.0, scope: ConceptScope::Global }
+    AppliedConcept { concept, strength: 1.0, scope: ConceptScope::Global, token: None }
 }
 
 #[test]

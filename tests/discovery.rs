@@ -414,6 +414,7 @@ fn a_search_is_cancelled_at_a_hundred_moments() {
         batches: 2,
         batch: 1,
         seed: 3,
+        invert: None,
         tune: None,
         checkpoint: None,
     };

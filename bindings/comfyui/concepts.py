@@ -97,6 +97,11 @@ class _AddsConcept:
         if concept.role != self.ROLE:
             found = "erase" if concept.role == macula.Role.ERASE else "draw"
             raise ValueError(f"{concept!r} was found to {found} its subject: use the node {self.OTHER}")
+        if concept.token_rows:
+            raise ValueError(
+                f"{concept!r} comes with a learnt embedding of {concept.trigger}, which these nodes can't give to a text "
+                "encoder: find it without embedding_steps"
+            )
         return ((*composition, Shut(concept, strength)),)
 
 
@@ -146,6 +151,8 @@ def describe(concept, other=None):
     yield f"{concept.neurons:,} of {concept.weights:,} weights ({concept.density:.3%}), {concept.memory_bytes:,} bytes"
     if concept.precision is not macula.Values.NONE:
         yield f"tuned values, {concept.precision.name.lower()}"
+    if concept.token_rows:
+        yield f"learnt embedding of {concept.trigger}, for {len(concept.token_rows)} text encoders"
     yield f"base model {concept.fingerprint[:12]}, {concept.architecture}"
     if other is not None:
         common = concept.overlap(other)

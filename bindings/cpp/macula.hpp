@@ -489,6 +489,14 @@ class Concept : public detail::Owner<macula_concept, macula_concept_free> {
     return detail::outcome(status, std::move(values));
   }
 
+  /** The learnt embedding of the trigger for one text encoder, of `info().token_row_count`. */
+  Result<std::vector<float>> token_row(std::size_t encoder) const {
+    macula_tensor row = {};
+    macula_status status = macula_concept_get_token_row(get(), encoder, &row);
+    const float *numbers = static_cast<const float *>(row.data);
+    return detail::outcome(status, std::vector<float>(numbers, numbers + row.byte_len / sizeof(float)));
+  }
+
   /** One entry of the metadata, in the order of the keys' bytes. */
   Result<std::pair<std::string, std::string>> entry(std::size_t at) const {
     const char *key = "";

@@ -5,6 +5,7 @@
  *     --density P     share of the weights that may be shut; 0 for the one of the lowest held-out loss  (0.01)
  *     --batches N     batches of the search                  (60)
  *     --batch N       noisy pictures in a batch              (8)
+ *     --embed N       steps in which the embedding of TRIGGER is learnt before the search; about 100 do (0)
  *     --tune N        steps of tuning: the found weights get values instead of being shut; 200 draw the subject much
  *                     more like itself                       (0)
  *     --values NAME   how values are kept: binary, quaternary, float16 or float32 (float16)
@@ -155,6 +156,7 @@ static int read_arguments(int count, char **values, request *wanted) {
     if (!strcmp(name, "--density")) wanted->search.density = strtod(value, NULL);
     else if (!strcmp(name, "--batches")) wanted->search.batches = (unsigned)strtoul(value, NULL, 10);
     else if (!strcmp(name, "--batch")) wanted->search.batch = (unsigned)strtoul(value, NULL, 10);
+    else if (!strcmp(name, "--embed")) wanted->search.embedding_steps = (unsigned)strtoul(value, NULL, 10);
     else if (!strcmp(name, "--tune")) wanted->search.tune_steps = (unsigned)strtoul(value, NULL, 10);
     else if (!strcmp(name, "--values") && read_values(value, &wanted->search.values)) continue;
     else if (!strcmp(name, "--side")) wanted->side = (unsigned)strtoul(value, NULL, 10);

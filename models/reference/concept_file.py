@@ -7,7 +7,8 @@ the Rust implementation byte for byte. It knows nothing of PyTorch: weights come
     write(path, {"down_blocks.0...attn2.to_k": (out, in, sorted indices)}, metadata)
     read(path) -> ({path: (out, in, indices)}, metadata)
 
-Where the metadata's `macula.values` is not "none", each layer has a fourth part, the tuned values as float32.
+Where the metadata's `macula.values` is not "none", each layer has a fourth part, the tuned values as float32. Where it has
+a `macula.token`, `read_rows(path)` gives the learnt rows of that word, one for each text encoder.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import numpy as np
 FORMAT_VERSION = "1"
 SUFFIX = ".neurons"
 VALUES_SUFFIX = ".values"
+ROW_NAME = "text_encoder.{}.token"
 FLOATS = {"float16": ("F16", "<f2"), "float32": ("F32", "<f4")}
 CODE_BITS = {"binary": 1, "quaternary": 2}
 COMPLEMENT = 0x80
@@ -147,8 +149,9 @@ def decode_values(content, count, precision):
     return among[(codes << np.arange(bits)).sum(axis=1)].astype(np.float32)
 
 
-def write(path, layers, metadata):
-    """Writes a concept file, by a temporary file and a rename. `metadata` values are strings; see `file.rs`."""
+def write(path, layers, metadata, rows=()):
+    """Writes a concept file, by a temporary file and a rename. `metadata` values are strings; see `file.rs`. `rows` are
+    float32 [width], one for each text encoder, if the metadata has a `macula.token`."""
     metadata = dict(metadata)
     metadata.setdefault("macula.format", FORMAT_VERSION)
     metadata.setdefault("macula.values", "none")
@@ -159,6 +162,8 @@ def write(path, layers, metadata):
     missing = [key for key in ("macula.base", "modelspec.title", "modelspec.architecture") if key not in metadata]
     if missing:
         raise ValueError(f"metadata lacks {missing}")
+    if bool(len(rows)) != ("macula.token" in metadata):
+        raise ValueError("learnt rows need macula.token, and the other way round")
     tensors, data = {}, b""
     ordered = sorted(layers, key=lambda name: name.encode())
     precision = metadata["macula.values"]
@@ -168,6 +173,8 @@ def write(path, layers, metadata):
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(payload)]}
         data += payload
 
+    for number, row in enumerate(rows):
+        add(ROW_NAME.format(number), "F32", [len(row)], np.asarray(row).astype("<f4").tobytes())
     if precision != "none":
         for name in ordered:
             add(name + VALUES_SUFFIX, *encode_values(layers[name][3], precision))
@@ -186,8 +193,8 @@ def write(path, layers, metadata):
     os.replace(temporary, path)
 
 
-def read(path):
-    """`({path: (out_features, in_features, indices)}, metadata)` of a concept file."""
+def _parts(path):
+    """The bytes of each tensor by name, and the metadata."""
     with open(path, "rb") as file:
         content = file.read()
     (length,) = struct.unpack_from("<Q", content)
@@ -197,16 +204,30 @@ def read(path):
     metadata = header.pop("__metadata__", {})
     if metadata.get("macula.format") != FORMAT_VERSION:
         raise ValueError(f"not a concept file of format {FORMAT_VERSION}")
-    precision = metadata.get("macula.values")
-    if precision not in ("none", *FLOATS, *CODE_BITS):
-        raise ValueError(f"values {precision!r} are not known")
     data = content[8 + length :]
     if metadata.get("modelspec.hash_sha256") != "0x" + hashlib.sha256(data).hexdigest():
         raise ValueError("the data does not have the hash that the header says")
-    parts = {name: data[slice(*tensor["data_offsets"])] for name, tensor in header.items()}
+    return {name: data[slice(*tensor["data_offsets"])] for name, tensor in header.items()}, metadata
+
+
+def read(path):
+    """`({path: (out_features, in_features, indices)}, metadata)` of a concept file."""
+    parts, metadata = _parts(path)
+    precision = metadata.get("macula.values")
+    if precision not in ("none", *FLOATS, *CODE_BITS):
+        raise ValueError(f"values {precision!r} are not known")
     layers = {name.removesuffix(SUFFIX): decode(part) for name, part in parts.items() if name.endswith(SUFFIX)}
     if precision != "none":
         for name, (out_features, in_features, indices) in layers.items():
             values = decode_values(parts[name + VALUES_SUFFIX], len(indices), precision)
             layers[name] = out_features, in_features, indices, values
     return layers, metadata
+
+
+def read_rows(path):
+    """The learnt rows of a concept file, float32 [width] for each text encoder; none without a `macula.token`."""
+    parts, metadata = _parts(path)
+    rows = []
+    while "macula.token" in metadata and (name := ROW_NAME.format(len(rows))) in parts:
+        rows.append(np.frombuffer(parts[name], "<f4").astype(np.float32))
+    return rows

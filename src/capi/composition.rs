@@ -1,9 +1,11 @@
 //! Composing and ablating
 //!
 //! A composition shuts weights of K and V, or gives them tuned values: each is multiplied by the product of `1 - strength`
-//! over the concepts that shut it, or goes by `strength` from its own value to the mean of the tuned ones. It stays until it is changed and acts on every draw and denoising step from then on. The base weights are
-//! never written and no model is built again, so a change costs milliseconds, and after `macula_composition_clear` the
-//! next picture is the base model's, bit for bit.
+//! over the concepts that shut it, or goes by `strength` from its own value to the mean of the tuned ones. Where the embedding
+//! of a concept's trigger was learnt, it goes by `strength` from the text encoder's own to the learnt one, in every prompt that
+//! is encoded while the concept is composed. A composition stays until it is changed and acts on every draw and denoising step
+//! from then on. The base weights are never written and no model is built again, so a change costs milliseconds, and after
+//! `macula_composition_clear` the next picture is the base model's, bit for bit.
 
 use std::ffi::c_char;
 
@@ -45,9 +47,10 @@ pub struct macula_term {
 /// - `terms`: the concepts, `term_count` of them, in any order; may be NULL if there are none.
 /// - `term_count`: how many; 0 ends composing.
 ///
-/// Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for a strength outside 0 to 1, or a concept that was
-/// found to erase; `UNSUPPORTED` if this UNet's K and V cannot be composed; `BUSY` during a job. On failure the
-/// composition stays as it was. Any thread.
+/// Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for a strength outside 0 to 1, a concept that was found to
+/// erase, two concepts that learnt the embedding of one token, or a learnt embedding that is not of this model's text encoders,
+/// with both widths; `UNSUPPORTED` if this UNet's K and V cannot be composed, or rows of a text encoder cannot be given;
+/// `RUNTIME_FAILED`; `BUSY` during a job. On failure the composition stays as it was. Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_compose(
     pipeline: *mut macula_pipeline,
@@ -158,6 +161,7 @@ impl macula_term {
             concept: gather(self.subject.addr(), concept, pipeline, work)?,
             strength: self.strength,
             scope,
+            token: concept.token.clone(),
         })
     }
 

@@ -14,6 +14,7 @@ use super::argument::{self, Versioned, c_text, optional_text, out, path, referen
 use super::guard::{guard, guard_free};
 use super::handle::{Object, object};
 use super::status::macula_status;
+use super::tensor::{MACULA_DTYPE_F32, macula_tensor};
 use crate::concept::{Concept, Fingerprint, Indices, Layer, Metadata, NeuronSet, Precision, Role, Scope, Values};
 use crate::error::{Error, Result, Status};
 
@@ -168,6 +169,9 @@ pub struct macula_concept_info {
     pub values: macula_values,
     /// Zero.
     pub reserved: i32,
+    /// Number of text encoders for which the embedding of its trigger was learnt, for `macula_concept_get_token_row`; 0 if
+    /// it was not.
+    pub token_row_count: usize,
 }
 
 impl Default for macula_concept_info {
@@ -191,6 +195,7 @@ impl Default for macula_concept_info {
             scope: 0,
             values: 0,
             reserved: 0,
+            token_row_count: 0,
         }
     }
 }
@@ -374,7 +379,7 @@ pub unsafe extern "C" fn macula_concept_create(
             let (layers, values): (Vec<Layer>, Vec<Vec<f32>>) = given.into_iter().unzip();
             let neurons = NeuronSet::new(layers)?;
             let values = precision.map(|precision| Values::new(precision, &neurons, values)).transpose()?;
-            let concept = Concept { metadata, neurons, values };
+            let concept = Concept { metadata, neurons, values, token: None };
             out_concept.set(macula_concept::table().insert(macula_concept::new(concept)));
         }
         Ok(())
@@ -487,7 +492,7 @@ pub unsafe extern "C" fn macula_concept_get_info(
         let concept = call.object(subject, "subject")?;
         // SAFETY: valid as the header asks.
         let info = unsafe { argument::out_info(out_info, "out_info") }?;
-        let Concept { metadata, neurons, values } = &concept.concept;
+        let Concept { metadata, neurons, values, token } = &concept.concept;
         let values = values.as_ref();
         info.set(macula_concept_info {
             struct_size: 0,
@@ -513,6 +518,7 @@ pub unsafe extern "C" fn macula_concept_get_info(
             },
             values: values_number(values.map(Values::precision)),
             reserved: 0,
+            token_row_count: token.as_ref().map_or(0, |token| token.rows().len()),
         });
         Ok(())
     })
@@ -610,6 +616,34 @@ pub unsafe extern "C" fn macula_concept_get_values(
     })
 }
 
+/// The learnt embedding of a concept's trigger for one text encoder: the row that takes the place of the trigger's own in the
+/// encoder's table while the concept is composed (textual inversion, arXiv 2208.01618).
+///
+/// - `subject`: a live concept; not NULL.
+/// - `encoder`: below `token_row_count` of `macula_concept_info`; encoders count as the pipeline's folder does.
+/// - `out_row`: receives the row `[width]`, 32-bit floating point; not NULL. Its memory belongs to the concept and must not
+///   be written.
+///
+/// Any thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn macula_concept_get_token_row(
+    subject: *const macula_concept,
+    encoder: usize,
+    out_row: *mut macula_tensor,
+) -> macula_status {
+    guard("macula_concept_get_token_row", |call| {
+        let concept = call.object(subject, "subject")?;
+        // SAFETY: valid as the header asks.
+        let out_row = unsafe { out(out_row, "out_row") }?;
+        let rows = concept.concept.token.as_ref().map_or(&[][..], |token| token.rows());
+        let row = rows.get(encoder).ok_or_else(|| {
+            Error::invalid_argument(format!("encoder is {encoder}, but the concept has {} learnt rows", rows.len()))
+        })?;
+        out_row.set(macula_tensor::view(row, &[row.len()], MACULA_DTYPE_F32));
+        Ok(())
+    })
+}
+
 /// One entry of a concept's metadata, as it stands in the file, in the order of the keys' bytes.
 ///
 /// - `subject`: a live concept; not NULL.
@@ -666,13 +700,13 @@ pub unsafe extern "C" fn macula_concept_get_metadata(
 }
 
 /// The weights of either concept. The result carries the first one's metadata, with a method that names the operation.
-/// Concepts with tuned values are refused: compose them instead.
+/// Concepts with tuned values or a learnt embedding are refused: compose them instead.
 ///
 /// - `first`: a live concept; not NULL.
 /// - `second`: a live concept of the same base model; not NULL.
 /// - `out_concept`: receives the result; not NULL. Free it with `macula_concept_free`.
 ///
-/// Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for tuned values. Any thread.
+/// Errors: `WRONG_BASE` with both fingerprints; `INVALID_ARGUMENT` for tuned values or a learnt embedding. Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_concept_union(
     first: *const macula_concept,
@@ -727,10 +761,15 @@ fn combine(
         // SAFETY: valid as the header asks.
         let out_concept = unsafe { out(out_concept, "out_concept") }?;
         same_base(&first.concept, &second.concept)?;
-        if let Some(tuned) = [&first, &second].into_iter().find(|one| one.concept.values.is_some()) {
-            let title = &tuned.concept.metadata.title;
+        for Concept { metadata, values, token, .. } in [&first.concept, &second.concept] {
+            let lost = match (values, token) {
+                (Some(_), _) => "tuned values",
+                (None, Some(_)) => "a learnt embedding",
+                (None, None) => continue,
+            };
             return Err(Error::invalid_argument(format!(
-                "{title:?} has tuned values, which a {method} of sets would lose: compose the concepts instead"
+                "{:?} has {lost}, which a {method} of sets would lose: compose the concepts instead",
+                metadata.title
             )));
         }
         let neurons = operation(&first.concept.neurons, &second.concept.neurons)?;
@@ -740,6 +779,7 @@ fn combine(
             metadata,
             neurons,
             values: None,
+            token: None,
         })));
         Ok(())
     })

@@ -54,7 +54,8 @@ unsafe impl Versioned for macula_embedding_info {
     const FIRST_SIZE: usize = 208;
 }
 
-/// Encodes a prompt of any length: longer ones than the text encoder's are cut into chunks and joined.
+/// Encodes a prompt of any length: longer ones than the text encoder's are cut into chunks and joined. Learnt embeddings of
+/// the concepts that are composed at the time are in it; K and V of concepts are not, these act where it is used.
 ///
 /// - `pipeline`: a live pipeline; not NULL.
 /// - `prompt`: the text, possibly empty; not NULL.

@@ -1,8 +1,9 @@
 //! Discovery
 //!
 //! Finds the concept neurons of a subject from a few pictures of it: the weights whose shutting makes the model draw it
-//! (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead. Search and
-//! tuning differentiate the UNet's graph and run the gradient as one more model; the model's own weights are never written.
+//! (Cones, arXiv 2303.05125), or those whose shutting makes it forget a word. Tuning gives them values instead, and the
+//! embedding of the subject's word may be learnt before. All of it differentiates the graphs of the UNet and the text encoders
+//! and runs the gradients as further models; the model's own weights are never written.
 
 use std::ffi::{CString, c_char, c_void};
 use std::ops::ControlFlow;
@@ -25,7 +26,9 @@ use super::tensor::macula_tensor;
 use crate::concept::Scope;
 use crate::diffusion::pipeline::{Embedding, Images};
 use crate::discovery::search::Method;
-use crate::discovery::{Encoded, EncodedSubject, Erasure, Goal, Request, Searched, Subject, TuneOptions};
+use crate::discovery::{
+    Encoded, EncodedSubject, Erasure, Goal, InvertOptions, Request, Searched, Subject, TuneOptions,
+};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::progress::{CancelToken, Job, Progress};
@@ -94,8 +97,8 @@ pub struct macula_discover_options {
     pub preserve_count: usize,
     /// A file that keeps the search every ten batches, when it is broken off and at its end. If it is there, the same
     /// search goes on where it was, and finds the same neurons as in one go. Written in one piece; never removed. A
-    /// safetensors file: its tensors `losses` and, with tuning, `tuned.losses` are the loss of each batch, 64-bit floating
-    /// point. May be NULL. Default: `NULL`.
+    /// safetensors file: its tensors `losses`, with a learnt embedding `inverted.losses` and with tuning `tuned.losses` are the
+    /// loss of each batch, 64-bit floating point. May be NULL. Default: `NULL`.
     pub checkpoint: *const c_char,
     /// Stops the search from another thread. May be NULL. Default: `NULL`.
     pub cancel: *const macula_cancel_token,
@@ -158,6 +161,16 @@ pub struct macula_discover_options {
     pub class_latents: *const macula_tensor,
     /// Encodings of texts of the class, as `context`; NULL without `class_latents`. Default: `NULL`.
     pub class_context: *const macula_tensor,
+    /// Step size of learning the trigger's embedding, in standard deviations of the class noun's row, above 0; not read
+    /// without `embedding_steps`. Default: `0.1`.
+    pub embedding_rate: f64,
+    /// Implanting from `pictures`: steps, a batch each, in which the trigger's embedding is learnt before the neurons are
+    /// searched (textual inversion, arXiv 2208.01618): a row for each text encoder, which begins at that of the class noun's
+    /// first token and lowers the same loss. The neurons are then searched with it, and it comes and goes with the concept.
+    /// 0: the embedding stays the model's. Default: `0`.
+    pub embedding_steps: u32,
+    /// Zero. Default: `0`.
+    pub reserved: i32,
 }
 
 impl Default for macula_discover_options {
@@ -202,6 +215,9 @@ impl Default for macula_discover_options {
             embedding: std::ptr::null(),
             class_latents: std::ptr::null(),
             class_context: std::ptr::null(),
+            embedding_rate: 0.1,
+            embedding_steps: 0,
+            reserved: 0,
         }
     }
 }
@@ -219,10 +235,12 @@ unsafe impl Versioned for macula_discover_options {
 /// - `out_concept`: receives the concept; not NULL. Free it with `macula_concept_free`.
 ///
 /// Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
-/// the trigger, a missing anchor, a number outside its range, a checkpoint of another search; `INVALID_FILE` for a damaged
-/// checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder is not there; `WRONG_BASE` if the file changed since the
-/// pipeline was opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node; `NOT_FINITE` naming
-/// the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which leaves the last one.
+/// the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
+/// checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
+/// is not there; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
+/// derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
+/// `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
+/// leaves the last one.
 /// After any of them the pipeline draws as before. Any thread; blocks until it is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn macula_discover(
@@ -381,6 +399,10 @@ impl Inputs {
             }
         };
         request.class_label = options.class_label.into();
+        if options.embedding_steps > 0 {
+            let (steps, rate) = (options.embedding_steps as usize, options.embedding_rate as f32);
+            request.invert = Some(InvertOptions { steps, rate, ..InvertOptions::default() });
+        }
         if options.tune_steps > 0 {
             let precision = precision(options.values, "options.values")?;
             let precision = precision.ok_or_else(|| {

@@ -27,7 +27,8 @@ use crate::progress::{CancelToken, Job};
 #[derive(Clone, Copy)]
 pub struct macula_progress {
     /// What is being done; never NULL. A draw: `"denoise"`, then `"decode"` for a latent model. A search: `"draw"`,
-    /// once for each part of the loss that needs drawn pictures, `"differentiate"`, `"search"`, `"tune"`.
+    /// once for each part of the loss that needs drawn pictures, `"differentiate"`, `"invert"` where an embedding is learnt,
+    /// `"search"`, `"choose"` where the density is chosen, `"tune"`.
     pub stage: *const c_char,
     /// Steps done of this stage, 0 to `total`.
     pub done: u64,
@@ -39,7 +40,8 @@ pub struct macula_progress {
     /// The first picture as it is predicted now, if `preview` was asked for and the model draws in pixel space; NULL
     /// otherwise.
     pub preview: *const macula_image,
-    /// Stages `"search"` and `"tune"`, from the first batch on: the mean loss of the last ten batches; NaN otherwise.
+    /// Stages `"invert"`, `"search"` and `"tune"`, from the first batch on: the mean loss of the last ten batches; NaN
+    /// otherwise.
     pub loss: f64,
 }
 

@@ -818,7 +818,7 @@ mod tests {
         let (ours, theirs, pool) = (base(1), base(2), pool(1));
         let neurons = Random::new(9).neurons(0.1);
         let metadata = Metadata::new(theirs.fingerprint(), "a red clock", "stable-diffusion-v1/concept-neurons");
-        let mut concept = Concept { metadata, neurons, values: None };
+        let mut concept = Concept { metadata, neurons, values: None, token: None };
         let error = GatheredConcept::new(&concept, &ours, &pool).err().unwrap();
         assert_eq!(error.status(), Status::WrongBase);
         for fingerprint in [ours.fingerprint(), theirs.fingerprint()] {

@@ -15,8 +15,11 @@
 //! If the concept has tuned values, there is a second tensor for each projection, named by its path and `.values`; all of
 //! these come before the others. In ascending order of the indices it holds what each neuron's weight is while the concept
 //! acts, in the weight's own unit: `F32 [count]`, `F16 [count]`, or `U8 [bytes]` for codes of 1 or 2 bits: first the 2 or
-//! 4 levels as `f32`, ascending, then a code a value, the first in the lowest bits, then zero bits. There are no other
-//! tensors.
+//! 4 levels as `f32`, ascending, then a code a value, the first in the lowest bits, then zero bits.
+//!
+//! If the embedding of a word was learnt (`macula.token`), there is a tensor `text_encoder.N.token` for each text encoder
+//! N = 0, 1, ... of the model: `F32 [width]`, the row that takes the place of the word's own in the encoder's table. These
+//! come first of all. There are no other tensors.
 //!
 //! **Payload.** Numbers are little-endian; bit `i` of a stream is bit `i % 8` of its byte `i / 8`.
 //!
@@ -41,6 +44,7 @@
 //! | `macula.scope` | default scope: `global` (every token) or `local` (the rows of the concept's own tokens); `global` if absent |
 //! | `macula.method` | how the set was found, free text |
 //! | `macula.trigger`, `macula.class_noun` | the subject's word, e.g. `<s1>`, and its class, e.g. `dog` |
+//! | `macula.token` | the word whose embedding was learnt, a single token of the model's tokenizers; there are rows if it is there |
 //! | `macula.prompts` | the prompts of the search: a JSON array of strings |
 //! | `macula.budget` or `macula.threshold` | what bounded the set: a share of the weights in `[0, 1]`, or the least score; decimal |
 //! | `macula.steps`, `macula.seed` | steps and seed of the search, decimal `u64` |
@@ -70,6 +74,7 @@ use sha2::{Digest, Sha256};
 use super::codec;
 use super::fingerprint::Fingerprint;
 use super::set::{Layer, NeuronSet};
+use super::token::{LearntToken, MAX_TEXT_ENCODERS};
 use super::values::{Precision, Values};
 use crate::error::{Error, Result};
 use crate::os;
@@ -90,6 +95,9 @@ pub const MAX_FILE_WEIGHTS: u64 = 1 << 31;
 const NEURONS_SUFFIX: &str = ".neurons";
 const VALUES_SUFFIX: &str = ".values";
 
+const TOKEN_PREFIX: &str = "text_encoder.";
+const TOKEN_SUFFIX: &str = ".token";
+
 const FORMAT: &str = "macula.format";
 const BASE: &str = "macula.base";
 const ROLE: &str = "macula.role";
@@ -98,6 +106,7 @@ const SCOPE: &str = "macula.scope";
 const METHOD: &str = "macula.method";
 const TRIGGER: &str = "macula.trigger";
 const CLASS_NOUN: &str = "macula.class_noun";
+const TOKEN: &str = "macula.token";
 const PROMPTS: &str = "macula.prompts";
 const BUDGET: &str = "macula.budget";
 const THRESHOLD: &str = "macula.threshold";
@@ -253,6 +262,7 @@ impl Metadata {
         let unknown = |key: &str, value: &str| Error::invalid_file(format!("{key} is {value:?}, which is not known"));
         take(FORMAT);
         take(VALUES);
+        take(TOKEN);
         for key in [SPEC, IMPLEMENTATION] {
             required(key, take(key))?;
         }
@@ -327,7 +337,7 @@ fn today() -> String {
     format!("{year:04}-{month:02}-{day:02}")
 }
 
-/// A set of neurons, what their weights become, and where it comes from.
+/// A set of neurons, what their weights become, a word that was learnt with it, and where it comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Concept {
     /// Where it comes from.
@@ -336,6 +346,8 @@ pub struct Concept {
     pub neurons: NeuronSet,
     /// What their weights become; `None` where they are shut.
     pub values: Option<Values>,
+    /// The word whose embedding was learnt, if any.
+    pub token: Option<LearntToken>,
 }
 
 impl Concept {
@@ -344,6 +356,10 @@ impl Concept {
         let mut entries = self.metadata.entries();
         let values = self.values.as_ref().map_or("none", |values| values.precision().name());
         entries.insert(VALUES.into(), values.into());
+        match &self.token {
+            Some(token) => _ = entries.insert(TOKEN.into(), token.word().into()),
+            None => _ = entries.remove(TOKEN),
+        }
         entries
     }
 
@@ -377,8 +393,9 @@ impl Concept {
             })?),
             None => return Err(Error::invalid_file(format!("the metadata lacks {VALUES}"))),
         };
+        let word = entries.get(TOKEN).cloned();
         let metadata = Metadata::from_entries(entries)?;
-        check_tensors(&header.tensors, data.len(), precision)?;
+        check_tensors(&header.tensors, data.len(), precision, word.is_some())?;
         if hash != sha256(data) {
             return Err(Error::invalid_file(format!(
                 "the file is damaged: its data has the hash {}, its header says {hash}",
@@ -406,7 +423,8 @@ impl Concept {
         }
         let neurons = NeuronSet::new(layers)?;
         let values = precision.map(|precision| values(precision, &neurons, &tensors)).transpose()?;
-        Ok(Self { metadata, neurons, values })
+        let token = word.map(|word| learnt_token(word, &tensors)).transpose()?;
+        Ok(Self { metadata, neurons, values, token })
     }
 
     /// The content of the concept file; the same concept always gives the same bytes.
@@ -424,6 +442,10 @@ impl Concept {
             tensors.push(format!(r#"{name}:{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#));
             Ok::<(), Error>(())
         };
+        for (encoder, row) in self.token.iter().flat_map(LearntToken::rows).enumerate() {
+            let payload: Vec<u8> = row.iter().flat_map(|value| value.to_le_bytes()).collect();
+            add(token_tensor(encoder), "F32", row.len(), &payload)?;
+        }
         if let Some(values) = &self.values {
             values.check(&self.neurons)?;
             for (at, layer) in self.neurons.layers().iter().enumerate() {
@@ -617,18 +639,46 @@ fn values(precision: Precision, neurons: &NeuronSet, tensors: &SafeTensors<'_>) 
         .map_err(|error| Error::invalid_file(error.message()))
 }
 
+/// The name of the learnt row for a text encoder.
+fn token_tensor(encoder: usize) -> String {
+    format!("{TOKEN_PREFIX}{encoder}{TOKEN_SUFFIX}")
+}
+
+/// A learnt word from the file's tensors, whose names and types were checked.
+fn learnt_token(word: String, tensors: &SafeTensors<'_>) -> Result<LearntToken> {
+    let rows = (0..MAX_TEXT_ENCODERS).map_while(|encoder| tensors.tensor(&token_tensor(encoder)).ok());
+    let rows: Vec<Vec<f32>> = rows
+        .map(|tensor| tensor.data().as_chunks::<4>().0.iter().map(|number| f32::from_le_bytes(*number)).collect())
+        .collect();
+    let listed = tensors.names().into_iter().filter(|name| name.ends_with(TOKEN_SUFFIX)).count();
+    if listed != rows.len() {
+        return Err(Error::invalid_file(format!(
+            "the learnt rows of {word:?} are not numbered from 0 on: {} of {listed} follow one another",
+            rows.len()
+        )));
+    }
+    LearntToken::new(word, rows).map_err(|error| Error::invalid_file(error.message()))
+}
+
 /// Names and types are ours, and offsets cover the data without gap or overlap.
-fn check_tensors(tensors: &HashMap<String, Tensor>, data_bytes: usize, values: Option<Precision>) -> Result<()> {
+fn check_tensors(
+    tensors: &HashMap<String, Tensor>,
+    data_bytes: usize,
+    values: Option<Precision>,
+    token: bool,
+) -> Result<()> {
     let mut in_order: Vec<(&String, &Tensor)> = tensors.iter().collect();
     in_order.sort_by_key(|(name, tensor)| (tensor.data_offsets, name.as_str()));
     let mut next = 0;
     for (name, tensor) in in_order {
         let wrong = |what: String| Err(Error::invalid_file(format!("tensor {name:?} {what}")));
         let of_values = values.and_then(|precision| Some((precision, name.strip_suffix(VALUES_SUFFIX)?)));
-        let (path, (dtype, bytes)) = match (name.strip_suffix(NEURONS_SUFFIX), of_values) {
-            (Some(path), _) => (path, ("U8", 1u64)),
-            (None, Some((precision, path))) => (path, dtype_of(precision)),
-            (None, None) => ("", ("U8", 1u64)),
+        let number = name.strip_prefix(TOKEN_PREFIX).and_then(|rest| rest.strip_suffix(TOKEN_SUFFIX)).filter(|_| token);
+        let (path, (dtype, bytes)) = match (name.strip_suffix(NEURONS_SUFFIX), of_values, number) {
+            (Some(path), _, _) => (path, ("U8", 1u64)),
+            (None, Some((precision, path)), _) => (path, dtype_of(precision)),
+            (None, None, Some(number)) => (number, ("F32", 4)),
+            (None, None, None) => ("", ("U8", 1u64)),
         };
         if path.is_empty() {
             let or_values = if values.is_some() { format!(" or {VALUES_SUFFIX:?}") } else { String::new() };

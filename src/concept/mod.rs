@@ -13,6 +13,7 @@ mod fingerprint;
 mod kernel;
 mod projections;
 mod set;
+mod token;
 mod values;
 
 pub use compose::{Composition, GatheredConcept, Held, Output, Rows};
@@ -22,4 +23,5 @@ pub use file::{
 pub use fingerprint::Fingerprint;
 pub use projections::{KeysValues, ProjectionWeights, Projections, Weights};
 pub use set::{Indices, Layer, MAX_IN_FEATURES, MAX_PROJECTION_WEIGHTS, NeuronSet, Overlap, Shared};
+pub use token::{LearntToken, MAX_ROW, MAX_TEXT_ENCODERS};
 pub use values::{Precision, Values};

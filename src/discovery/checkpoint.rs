@@ -1,9 +1,10 @@
-//! A search, and the tuning that follows it, kept in a file between two batches, so that it can go on where it was broken
-//! off.
+//! A search, the inversion before it and the tuning after it, kept in a file between two batches, so that they can go on
+//! where they were broken off.
 //!
-//! A safetensors file: the tensor `losses` and one for each thing that the method remembers; once the tuning has begun,
-//! `tuned.losses` and what the tuning remembers. Its metadata has, under `macula.search`, a hash of all that the search
-//! depends on: another search never goes on from it.
+//! A safetensors file: the tensor `losses` and one for each thing that the search's method remembers; where a token's
+//! embedding is learnt, `inverted.losses` and what that remembers; once the tuning has begun, `tuned.losses` and what the
+//! tuning remembers. Its metadata has, under `macula.search`, a hash of all that the search depends on: another search never
+//! goes on from it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,8 +14,9 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
+use super::descent::Descent;
 use super::search::{Numbers, Search};
-use super::tune::Tuning;
+use crate::concept::{MAX_ROW, MAX_TEXT_ENCODERS};
 use crate::error::{Error, Result};
 use crate::memory::{copied, room, zeroed};
 use crate::os;
@@ -25,17 +27,18 @@ const IDENTITY: &str = "macula.search";
 const MAX_HEADER_BYTES: usize = 1 << 20;
 
 const LOSSES: &str = "losses";
-const TUNED_LOSSES: &str = "tuned.losses";
 
-/// Writes a search and its tuning in one piece: on failure what was at `path` stays as it was.
-pub(super) fn save(path: &Path, identity: &str, search: &mut Search, tuning: Option<&mut Tuning>) -> Result<()> {
+/// Writes a search and the descents beside it in one piece: on failure what was at `path` stays as it was.
+pub(super) fn save(path: &Path, identity: &str, search: &mut Search, descents: &mut [&mut Descent]) -> Result<()> {
     let mut losses = copied(search.losses())?;
-    let mut tuned_losses = tuning.as_ref().map(|tuning| copied(tuning.losses())).transpose()?;
-    let mut kept = search.memory();
-    kept.push((LOSSES, Numbers::F64(&mut losses)));
-    kept.extend(tuning.into_iter().flat_map(Tuning::memory));
-    kept.extend(tuned_losses.as_mut().map(|losses| (TUNED_LOSSES, Numbers::F64(losses))));
-    let tensors = kept.iter().map(|(name, numbers)| Ok((*name, view(numbers)?))).collect::<Result<Vec<_>>>()?;
+    let of_descent = |descent: &&mut Descent| Ok((descent.losses_name(), copied(descent.losses())?));
+    let mut of_descents = descents.iter().map(of_descent).collect::<Result<Vec<_>>>()?;
+    let mut kept: Vec<(String, Numbers<'_>)> =
+        search.memory().into_iter().map(|(name, numbers)| (name.to_owned(), numbers)).collect();
+    kept.push((LOSSES.to_owned(), Numbers::F64(&mut losses)));
+    kept.extend(descents.iter_mut().flat_map(|descent| descent.memory()));
+    kept.extend(of_descents.iter_mut().map(|(name, losses)| (name.clone(), Numbers::F64(losses))));
+    let tensors = kept.iter().map(|(name, numbers)| Ok((name.as_str(), view(numbers)?))).collect::<Result<Vec<_>>>()?;
     // The whole file in one vector, which `serialize` makes.
     room(MAX_HEADER_BYTES + kept.iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>())?;
     let metadata = HashMap::from([(IDENTITY.to_owned(), identity.to_owned())]);
@@ -55,21 +58,24 @@ pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result
     })
 }
 
-/// Brings a tuning to where the file left it; nothing if there is no file or the tuning had not begun. Errors as
+/// Brings a descent to where the file left it; nothing if there is no file or the descent had not begun. Errors as
 /// [`resume`].
-pub(super) fn resume_tuning(path: &Path, identity: &str, search: &mut Search, tuning: &mut Tuning) -> Result<()> {
+pub(super) fn resume_descent(path: &Path, identity: &str, search: &mut Search, descent: &mut Descent) -> Result<()> {
     restore(path, identity, most_bytes(search), |tensors| {
-        if tensors.tensor(TUNED_LOSSES).is_err() {
+        let losses = descent.losses_name();
+        if tensors.tensor(&losses).is_err() {
             return Ok(());
         }
-        fill_all(tensors, tuning.memory())?;
-        tuning.resume(losses_in(tensors, TUNED_LOSSES)?)
+        fill_all(tensors, descent.memory())?;
+        descent.resume(losses_in(tensors, &losses)?)
     })
 }
 
-/// The most bytes that the checkpoint of a search and its tuning takes: a tuning remembers no more than a search.
+/// The most bytes that the checkpoint of a search takes: a tuning remembers no more than a search, and learnt rows take a
+/// few megabytes at most.
 fn most_bytes(search: &mut Search) -> usize {
-    MAX_HEADER_BYTES + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>()
+    let rows = 3 * MAX_TEXT_ENCODERS * MAX_ROW * size_of::<f32>();
+    MAX_HEADER_BYTES + rows + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>()
 }
 
 /// The content of a checkpoint of at most so many bytes, if there is one.
@@ -118,10 +124,11 @@ fn tensors_of<'b>(bytes: &'b [u8], identity: &str) -> Result<SafeTensors<'b>> {
     SafeTensors::deserialize(bytes).map_err(damaged)
 }
 
-fn fill_all(tensors: &SafeTensors<'_>, memory: Vec<(&'static str, Numbers<'_>)>) -> Result<()> {
-    memory
-        .into_iter()
-        .try_for_each(|(name, mut numbers)| fill(&tensors.tensor(name).map_err(damaged)?, name, &mut numbers))
+fn fill_all<N: AsRef<str>>(tensors: &SafeTensors<'_>, memory: Vec<(N, Numbers<'_>)>) -> Result<()> {
+    memory.into_iter().try_for_each(|(name, mut numbers)| {
+        let name = name.as_ref();
+        fill(&tensors.tensor(name).map_err(damaged)?, name, &mut numbers)
+    })
 }
 
 fn losses_in(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<f64>> {
@@ -203,7 +210,7 @@ mod tests {
                 let path = folder.path().join(format!("{number}-{broken}"));
                 let mut first = begun(method);
                 run(&mut first, broken);
-                save(&path, "this one", &mut first, None).unwrap();
+                save(&path, "this one", &mut first, &mut []).unwrap();
                 let mut second = begun(method);
                 resume(&path, "this one", &mut second).unwrap();
                 assert_eq!(second.losses().len(), broken);
@@ -222,7 +229,7 @@ mod tests {
         resume(&path, "this one", &mut search).unwrap();
         assert!(search.losses().is_empty());
         run(&mut search, 5);
-        save(&path, "this one", &mut search, None).unwrap();
+        save(&path, "this one", &mut search, &mut []).unwrap();
         let refused = |path: &Path, identity: &str, method: Method| {
             let error = resume(path, identity, &mut begun(method)).unwrap_err();
             assert!(error.message().contains(&path.display().to_string()), "{error}");
@@ -237,7 +244,7 @@ mod tests {
             assert_eq!(refused(&path, "this one", METHODS[2]), Status::InvalidFile, "{end} bytes");
         }
         let nowhere = folder.path().join("none/kept");
-        let error = save(&nowhere, "this one", &mut search, None).unwrap_err();
+        let error = save(&nowhere, "this one", &mut search, &mut []).unwrap_err();
         assert_eq!(error.status(), Status::NotFound);
         assert!(error.message().contains("none/kept"), "{error}");
     }
@@ -255,7 +262,7 @@ mod tests {
             assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
         }
         let mut search = Search::new(100_000, 2, METHODS[0], Bound::Count(1)).unwrap();
-        let error = save(Path::new(&path), "this one", &mut search, None).unwrap_err();
+        let error = save(Path::new(&path), "this one", &mut search, &mut []).unwrap_err();
         assert_eq!(error.status(), Status::Io);
         assert!(error.message().contains("kept"), "{error}");
     }

@@ -138,6 +138,11 @@ impl Examples {
         Ok(drawn)
     }
 
+    /// Which pictures a draw takes.
+    pub(super) fn drawn(&self, batch: usize, seed: u64, stream: u32, number: u32) -> Result<Vec<usize>> {
+        Ok(self.order(batch, seed, stream, number)?.0)
+    }
+
     /// Which pictures a draw takes, and the generator for what follows.
     fn order(&self, batch: usize, seed: u64, stream: u32, number: u32) -> Result<(Vec<usize>, ChaCha12Rng)> {
         let mut random = ChaCha12Rng::seed_from_u64(seed);

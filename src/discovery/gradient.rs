@@ -2,7 +2,7 @@
 //!
 //! With `y = C (s ∘ W)ᵀ` the keys or values of texts `C`, and `ȳ` the gradient with respect to them, the gradient with
 //! respect to the scales is `W ∘ (ȳᵀ C)`. ONNX Runtime gives `ȳ`; the rest is done here, only for the rows on which the
-//! scales act.
+//! scales act. With respect to the texts it is the sum of `ȳ W` over all projections.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -65,6 +65,18 @@ pub struct GradientOptions {
     pub lot: usize,
     /// Threads of the products with the weights; 0 for one a core. The result does not depend on it.
     pub threads: usize,
+    /// Whether [`KeyValueGradient::text_slope`] will be asked.
+    pub texts: bool,
+}
+
+/// What a batch says of the texts that it is conditioned on, at untouched weights.
+pub struct TextSlope {
+    /// The loss.
+    pub loss: f64,
+    /// `dL/dC` of each text, `[count, tokens, features]`.
+    pub context: Vec<f32>,
+    /// The same of its pooled encoding, `[count, width]`, for a UNet that takes one.
+    pub pooled: Option<Vec<f32>>,
 }
 
 /// An input of the graph, as far as it matters for what is given.
@@ -82,7 +94,10 @@ pub struct KeyValueGradient {
     /// What the session takes.
     inputs: Vec<Input>,
     names: Names,
+    /// Of each searched projection.
     gradients: Vec<String>,
+    /// Of every projection, and of the pooled encodings where the UNet takes them; if texts were asked for.
+    of_texts: Option<(Vec<String>, Option<String>)>,
     lot: usize,
 }
 
@@ -108,6 +123,7 @@ struct Names {
 const GRAPH: usize = 64 << 20;
 
 const CONTEXT: &str = attention::TEXT_INPUT;
+const POOLED: &str = "text_embeds";
 
 impl KeyValueGradient {
     /// Differentiates a UNet for batches like `example`.
@@ -169,7 +185,14 @@ impl KeyValueGradient {
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &keys_values)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let wrt: Vec<&str> = texts.searched.iter().map(|&at| names.keys_values[at].name.as_str()).collect();
+        let of_searched: Vec<&str> = texts.searched.iter().map(|&at| names.keys_values[at].name.as_str()).collect();
+        let all: Vec<&str> = names.keys_values.iter().map(|input| input.name.as_str()).collect();
+        let pooled = inputs.iter().any(|input| input.name == POOLED).then_some(POOLED);
+        let mut wrt = of_searched.clone();
+        if options.texts {
+            wrt.extend(all.iter().filter(|name| !of_searched.contains(name)));
+            wrt.extend(pooled);
+        }
         let questions = grad::questions(&model, &wrt, &names.loss.loss)?;
         let seen = observe(runtime, &model, &questions, &given, &session_options, cancel)?;
         room(GRAPH)?;
@@ -189,6 +212,14 @@ impl KeyValueGradient {
             // What no gradient passes, and what the gradient computes again.
             attention::fuse(&mut model)?;
         }
+        let gradient_of = |value: &str| {
+            let at = wrt.iter().position(|known| *known == value)?;
+            gradient.gradients.get(at).cloned()
+        };
+        let gradients = of_searched.iter().filter_map(|value| gradient_of(value)).collect();
+        let of_texts = options
+            .texts
+            .then(|| (all.iter().filter_map(|value| gradient_of(value)).collect(), pooled.and_then(gradient_of)));
         names.cotangent = gradient.cotangent;
         if options.effort == Effort::Speed {
             // Half precision is widened and every kernel packed, those of the backward sweep as well as the forward one's.
@@ -197,7 +228,7 @@ impl KeyValueGradient {
         let session = runtime.session(&model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();
         let inputs = inputs_of(&model)?.into_iter().filter(taken).collect();
-        Ok(Self { session, texts, inputs, names, gradients: gradient.gradients, lot })
+        Ok(Self { session, texts, inputs, names, gradients, of_texts, lot })
     }
 
     /// The base's projections.
@@ -233,6 +264,60 @@ impl KeyValueGradient {
     /// The session of the gradient.
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// The weighted loss of a batch at untouched weights, and its slope with respect to `count` texts: `texts` says for each
+    /// state which of them it is conditioned on, if any. The batch is a multiple of [`KeyValueGradient::lot`].
+    ///
+    /// Errors: as [`KeyValueGradient::slope`]; [`Status::InvalidArgument`] unless [`GradientOptions::texts`] was set.
+    pub fn text_slope(
+        &self,
+        batch: &Batch,
+        shape: [usize; 3],
+        texts: &[Option<usize>],
+        count: usize,
+        cancel: &CancelToken,
+    ) -> Result<TextSlope> {
+        let states = batch.timesteps.len();
+        let Some((of_keys_values, of_pooled)) = &self.of_texts else {
+            return Err(Error::invalid_argument("this gradient was not made for texts"));
+        };
+        if texts.len() != states || states == 0 || !states.is_multiple_of(self.lot) {
+            return Err(Error::invalid_argument(format!(
+                "{states} states of {} texts, expected a multiple of {} states and a text for each",
+                texts.len(),
+                self.lot
+            )));
+        }
+        let tokens = batch.conditioning.tokens;
+        let projections = self.texts.projections.as_slice();
+        // Equal texts share a product: what their states say is added up before it.
+        let widths = projections.iter().map(|projection| projection.out_features);
+        let mut sums = widths.map(|width| zeroed::<f32>(count * tokens * width)).collect::<Result<Vec<_>>>()?;
+        let pooled_width = batch.conditioning.text_embeds.as_ref().map_or(0, |pooled| pooled.len() / states);
+        let mut pooled = of_pooled.as_ref().map(|_| zeroed::<f32>(count * pooled_width)).transpose()?;
+        let mut loss = 0.0;
+        for from in (0..states).step_by(self.lot) {
+            cancel.check()?;
+            let part = batch.part(from, from + self.lot)?;
+            let keys_values = self.texts.keys_values(&part.conditioning, &[], None)?;
+            let given = self.names.tensors(&self.inputs, &part, shape, &keys_values)?;
+            let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
+            let losses = &self.names.loss.of_samples;
+            let outputs: Vec<&str> =
+                of_keys_values.iter().chain(of_pooled).chain([losses]).map(String::as_str).collect();
+            let answers = self.session.run(&given, &outputs, cancel)?;
+            let losses = answers[outputs.len() - 1].as_slice::<f32>()?;
+            loss += losses.iter().zip(&part.weights).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            let of_part = &texts[from..from + self.lot];
+            for ((sum, answer), projection) in sums.iter_mut().zip(&answers).zip(projections) {
+                add_by_text(sum, answer, of_part, &projection.path)?;
+            }
+            if let Some(pooled) = &mut pooled {
+                add_by_text(pooled, &answers[projections.len()], of_part, POOLED)?;
+            }
+        }
+        Ok(TextSlope { loss, context: self.texts.through_weights(&sums, count * tokens)?, pooled })
     }
 
     /// The weighted loss of a batch at `scales [N]` and its slope. The batch is a multiple of [`KeyValueGradient::lot`].
@@ -314,6 +399,30 @@ impl Texts {
         Ok(values)
     }
 
+    /// Σ `ȳ W` over all projections, `[rows, features]`.
+    fn through_weights(&self, cotangents: &[Vec<f32>], rows: usize) -> Result<Vec<f32>> {
+        let features = self.projections.in_features();
+        let products = self.pool.install(|| {
+            let each = self.projections.as_slice().par_iter().zip(cotangents).map(|(projection, cotangents)| {
+                let (out, weights) = (projection.out_features, widened(&projection.weights)?);
+                let mut product = zeroed::<f32>(rows * features)?;
+                product_of(
+                    ArrayView2::from_shape([rows, out], cotangents).map_err(unfit)?,
+                    ArrayView2::from_shape([out, features], &weights).map_err(unfit)?,
+                    &mut product,
+                )?;
+                Ok(product)
+            });
+            each.collect::<Result<Vec<_>>>()
+        })?;
+        // In the order of the projections, so that the sum does not depend on threads.
+        let mut sum = zeroed::<f32>(rows * features)?;
+        for product in &products {
+            sum.iter_mut().zip(product).for_each(|(sum, value)| *sum += value);
+        }
+        Ok(sum)
+    }
+
     /// Adds `W ∘ (ȳᵀ C)` of the touched rows to the slope of each scale.
     fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
         let features = self.projections.in_features();
@@ -383,7 +492,7 @@ impl Names {
                 "timestep" if input.scalar => integers(input.dtype, &[], &part.timesteps),
                 "timestep" => integers(input.dtype, &[batch], &part.timesteps),
                 CONTEXT => precision::from_f32(input.dtype, &[batch, *tokens, context.len() / batch / tokens], context),
-                "text_embeds" => rows(text_embeds),
+                POOLED => rows(text_embeds),
                 "time_ids" => rows(time_ids),
                 "timestep_cond" => rows(timestep_cond),
                 "class_labels" => integers(input.dtype, &[batch], class_labels.as_ref().ok_or_else(missing)?),
@@ -439,13 +548,37 @@ fn widened(weights: &Weights) -> Result<Vec<f32>> {
     }
 }
 
+/// Adds what a run says of each state to the text that the state is conditioned on.
+fn add_by_text(sums: &mut [f32], answer: &Tensor, texts: &[Option<usize>], path: &str) -> Result<()> {
+    let cotangents = answer.as_slice::<f32>()?;
+    if cotangents.iter().any(|value| !value.is_finite()) {
+        return Err(Error::new(Status::NotFinite, format!("the gradient of {path} is not finite")));
+    }
+    let size = cotangents.len() / texts.len().max(1);
+    for (own, text) in cotangents.chunks_exact(size.max(1)).zip(texts) {
+        if let Some(text) = text {
+            let sum = &mut sums[text * size..(text + 1) * size];
+            sum.iter_mut().zip(own).for_each(|(sum, value)| *sum += value);
+        }
+    }
+    Ok(())
+}
+
 /// `to [m, n] = a [m, k] bᵀ` with `b [n, k]`.
 fn multiply(a: &[f32], a_shape: [usize; 2], b: &[f32], b_shape: [usize; 2], to: &mut [f32]) -> Result<()> {
-    let fits = |error: ndarray::ShapeError| Error::invalid_argument("a size does not fit its numbers").caused_by(error);
-    let a = ArrayView2::from_shape(a_shape, a).map_err(fits)?;
-    let b = ArrayView2::from_shape(b_shape, b).map_err(fits)?;
-    let mut to = ArrayViewMut2::from_shape([a_shape[0], b_shape[0]], to).map_err(fits)?;
+    let a = ArrayView2::from_shape(a_shape, a).map_err(unfit)?;
+    let b = ArrayView2::from_shape(b_shape, b).map_err(unfit)?;
+    product_of(a, b.reversed_axes(), to)
+}
+
+/// `to [m, n] = a [m, k] b [k, n]`.
+fn product_of(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, to: &mut [f32]) -> Result<()> {
+    let mut to = ArrayViewMut2::from_shape([a.nrows(), b.ncols()], to).map_err(unfit)?;
     room(PANELS)?;
-    general_mat_mul(1.0, &a, &b.t(), 0.0, &mut to);
+    general_mat_mul(1.0, &a, &b, 0.0, &mut to);
     Ok(())
+}
+
+fn unfit(error: ndarray::ShapeError) -> Error {
+    Error::invalid_argument("a size does not fit its numbers").caused_by(error)
 }

@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use sha2::{Digest, Sha256};
 
 use super::checkpoint;
+use super::descent::Descent;
 use super::draw::{Batch, Examples, Objective, pick};
-use super::gradient::KeyValueGradient;
+use super::gradient::{KeyValueGradient, TextSlope};
 use super::held_out;
+use super::invert::{Inversion, InvertOptions, Inverted, TokenTexts};
 use super::search::{Bound, Found, Method, Search, Slope};
 use super::tune::{TuneOptions, Tuning};
 use crate::concept::{Indices, Layer, NeuronSet, Values};
@@ -47,6 +49,9 @@ pub struct DiscoveryOptions {
     pub batch: usize,
     /// Fixes pictures, timesteps and noises.
     pub seed: u64,
+    /// What comes before the search: the embedding of the word of [`Discovery::learning`] is learnt, and the search sees texts
+    /// with what was learnt. `None` leaves it.
+    pub invert: Option<InvertOptions>,
     /// What follows the search: new values for the found weights; `None` to shut them.
     pub tune: Option<TuneOptions>,
     /// A file in which search and tuning are kept, after each [`CHECKPOINT_BATCHES`] batches, when they are broken off and
@@ -63,6 +68,9 @@ const LEAST_PART: usize = 20_000;
 /// Held-out batches: numbers that no search or tuning reaches.
 const HELD_OUT: Range<usize> = 1 << 31..(1 << 31) + 4;
 
+/// The first batch of an inversion.
+const INVERTING: usize = 1 << 30;
+
 /// Batches whose mean is the running loss.
 const RUNNING: usize = 10;
 
@@ -71,7 +79,18 @@ pub struct Discovery {
     terms: Vec<Term>,
     shape: [usize; 3],
     schedule: SchedulerConfig,
+    learning: Option<Learning>,
 }
+
+/// Texts with a word whose embedding is learnt.
+struct Learning {
+    texts: TokenTexts,
+    /// Which of them each picture of each term has, if any.
+    of: Vec<Vec<Option<usize>>>,
+}
+
+/// The conditioning of each term's pictures with a learnt word; none where it stands in no text of theirs.
+type Learnt = Vec<Option<Conditioning>>;
 
 /// What a search found.
 #[derive(Clone, Debug)]
@@ -80,6 +99,8 @@ pub struct Report {
     pub neurons: NeuronSet,
     /// Their values, if they were tuned.
     pub values: Option<Values>,
+    /// The learnt embedding, if one was.
+    pub inverted: Option<Inverted>,
     /// The loss of each batch, along the search and then the tuning.
     pub losses: Vec<f64>,
     /// With [`Bound::HeldOut`] the sizes that were tried, in weights, each with its held-out loss; else empty.
@@ -120,7 +141,21 @@ impl Discovery {
                 return Err(Error::invalid_argument(format!("{what} needs one anchor a picture, of the same length")));
             }
         }
-        Ok(Self { shape, terms, schedule })
+        Ok(Self { shape, terms, schedule, learning: None })
+    }
+
+    /// Makes ready for [`DiscoveryOptions::invert`]: `of` says of each picture of each term which of `texts` it has, if any.
+    ///
+    /// Errors: [`crate::Status::InvalidArgument`] if they do not fit.
+    pub fn learning(mut self, texts: TokenTexts, of: Vec<Vec<Option<usize>>>) -> Result<Self> {
+        let fits = |(term, of): (&Term, &Vec<Option<usize>>)| {
+            of.len() == term.examples.len() && of.iter().flatten().all(|&text| text < texts.len())
+        };
+        if of.len() != self.terms.len() || !self.terms.iter().zip(&of).all(fits) {
+            return Err(Error::invalid_argument("there must be a text, or none, for each picture of each term"));
+        }
+        self.learning = Some(Learning { texts, of });
+        Ok(self)
     }
 
     /// `[C, H, W]` of the states.
@@ -146,8 +181,15 @@ impl Discovery {
         Ok(batch)
     }
 
-    /// Batch `number` with its targets.
-    fn batch(&self, unet: &mut Unet, options: &DiscoveryOptions, number: usize, job: &Job<'_>) -> Result<Batch> {
+    /// Batch `number` with its targets, which know nothing of what was learnt.
+    fn batch(
+        &self,
+        unet: &mut Unet,
+        options: &DiscoveryOptions,
+        number: usize,
+        learnt: &Learnt,
+        job: &Job<'_>,
+    ) -> Result<Batch> {
         let mut batch = Batch::default();
         for (at, term) in self.terms.iter().enumerate() {
             let (seed, stream, number) = (options.seed, at as u32, number as u32);
@@ -158,6 +200,9 @@ impl Discovery {
                     None => pick(&drawn.conditioning, &collected(0..drawn.conditioning.batch)?)?,
                 };
                 drawn.targets = self.predict(unet, &drawn, &conditioning, job)?;
+            }
+            if let Some(Some(conditioning)) = learnt.get(at) {
+                drawn.conditioning = term.examples.drawn_from(conditioning, options.batch, seed, stream, number)?;
             }
             batch.append(drawn)?;
         }
@@ -181,11 +226,75 @@ impl Discovery {
         Ok(said)
     }
 
+    /// The conditioning of each term with rows for the word that is learnt.
+    fn learnt(&self, Learning { texts, of }: &Learning, rows: &[Vec<f32>], job: &Job<'_>) -> Result<Learnt> {
+        let of_term = |(term, of): (&Term, &Vec<Option<usize>>)| match of.iter().any(Option::is_some) {
+            true => texts.encode(rows, &term.examples.conditioning, of, &job.cancel).map(Some),
+            false => Ok(None),
+        };
+        self.terms.iter().zip(of).map(of_term).collect()
+    }
+
+    /// The loss of batch `number` with these rows for the word, and what it says of the texts.
+    fn text_slope(
+        &self,
+        (unet, gradient): (&mut Unet, &KeyValueGradient),
+        options: &DiscoveryOptions,
+        learning: &Learning,
+        rows: &[Vec<f32>],
+        number: usize,
+        job: &Job<'_>,
+    ) -> Result<TextSlope> {
+        let batch = self.batch(unet, options, number, &self.learnt(learning, rows, job)?, job)?;
+        let mut texts = Vec::new();
+        for (at, (term, of)) in self.terms.iter().zip(&learning.of).enumerate() {
+            let drawn = term.examples.drawn(options.batch, options.seed, at as u32, number as u32)?;
+            extend(&mut texts, drawn.into_iter().map(|picture| of[picture]))?;
+        }
+        gradient.text_slope(&batch, self.shape, &texts, learning.texts.len(), &job.cancel)
+    }
+
+    /// Learns the word's rows. Errors as [`Discovery::run`].
+    fn invert(
+        &self,
+        (unet, gradient): (&mut Unet, &KeyValueGradient),
+        options: &DiscoveryOptions,
+        wanted: InvertOptions,
+        (identity, search): (&str, &mut Search),
+        job: &mut Job<'_>,
+    ) -> Result<(Inversion, Inverted, Learnt)> {
+        let learning = self.learning.as_ref();
+        let learning = learning.ok_or_else(|| Error::invalid_argument("there is no word whose embedding to learn"))?;
+        let mut inversion = Inversion::new(learning.texts.word(), learning.texts.start(), wanted)?;
+        if let Some(path) = &options.checkpoint {
+            checkpoint::resume_descent(path, identity, search, inversion.descent_mut())?;
+        }
+        tell("invert", inversion.losses(), wanted.steps, job)?;
+        while !inversion.is_done() {
+            let outcome = inversion.step(&mut |rows, number| {
+                let slope = self.text_slope((unet, gradient), options, learning, rows, INVERTING + number, job)?;
+                Ok((slope.loss, learning.texts.slope(rows, &slope, &job.cancel)?))
+            });
+            let outcome = outcome.and_then(|()| tell("invert", inversion.losses(), wanted.steps, job));
+            let done = inversion.losses().len();
+            keep(options, identity, search, &mut [inversion.descent_mut()], (done, wanted.steps), outcome)?;
+        }
+        let mut held_out = |rows: &[Vec<f32>]| -> Result<f64> {
+            let count = HELD_OUT.len() as f64;
+            let losses = HELD_OUT
+                .map(|number| Ok(self.text_slope((unet, gradient), options, learning, rows, number, job)?.loss));
+            Ok(losses.sum::<Result<f64>>()? / count)
+        };
+        let rows = inversion.rows()?;
+        let inverted = inversion.end((held_out(&learning.texts.start())?, held_out(&rows)?))?;
+        Ok((inversion, inverted, self.learnt(learning, &rows, job)?))
+    }
+
     /// Searches, and tunes what was found. `unet` is the model that `gradient` was made of; its composition must be empty,
     /// and its conditioning is replaced. The same seed gives the same set and values on any number of threads.
     ///
-    /// Reports the stages `"search"` and `"tune"`, one unit a batch, with the mean loss of the last ten, and between them,
-    /// with [`Bound::HeldOut`], `"choose"`, one unit a size, with its loss.
+    /// Reports the stages `"invert"`, `"search"` and `"tune"`, one unit a batch, with the mean loss of the last ten, and before
+    /// the last, with [`Bound::HeldOut`], `"choose"`, one unit a size, with its loss.
     ///
     /// Errors: [`crate::Status::InvalidArgument`], also for a checkpoint of another search;
     /// [`crate::Status::InvalidFile`] for a damaged one; [`crate::Status::NotFinite`] naming the batch;
@@ -204,15 +313,23 @@ impl Discovery {
         if let Some(path) = &options.checkpoint {
             checkpoint::resume(path, &identity, &mut search)?;
         }
+        let (mut inversion, mut inverted, mut learnt) = (None, None, Learnt::new());
+        if let Some(wanted) = options.invert {
+            let (state, found, texts) =
+                self.invert((unet, gradient), options, wanted, (&identity, &mut search), job)?;
+            (inversion, inverted, learnt) = (Some(state), Some(found), texts);
+        }
         let mut loss = |scales: &[f32], number: usize, job: &Job<'_>| -> Result<Slope> {
-            let batch = self.batch(unet, options, number, job)?;
+            let batch = self.batch(unet, options, number, &learnt, job)?;
             gradient.slope(&batch, self.shape, scales, &job.cancel)
         };
         tell("search", search.losses(), options.batches, job)?;
         while !search.is_done() {
             let outcome = search.step(&mut |scales: &[f32], number: usize| loss(scales, number, job));
             let outcome = outcome.and_then(|()| tell("search", search.losses(), options.batches, job));
-            keep(options, &identity, &mut search, None, outcome)?;
+            let done = (search.losses().len(), options.batches);
+            let mut beside: Vec<&mut Descent> = inversion.iter_mut().map(Inversion::descent_mut).collect();
+            keep(options, &identity, &mut search, &mut beside, done, outcome)?;
         }
         let mut sizes = Vec::new();
         if let Bound::HeldOut(most) = options.bound {
@@ -231,49 +348,53 @@ impl Discovery {
         if let Some(wanted) = options.tune {
             let mut tuning = tuning(gradient, &shut, wanted)?;
             if let Some(path) = &options.checkpoint {
-                checkpoint::resume_tuning(path, &identity, &mut search, &mut tuning)?;
+                checkpoint::resume_descent(path, &identity, &mut search, tuning.descent_mut())?;
             }
             tell("tune", tuning.losses(), wanted.steps, job)?;
             while !tuning.is_done() {
                 let mut step = |scales: &[f32], number: usize| loss(scales, options.batches + number, job);
                 let outcome = tuning.step(&mut step);
                 let outcome = outcome.and_then(|()| tell("tune", tuning.losses(), wanted.steps, job));
-                keep(options, &identity, &mut search, Some(&mut tuning), outcome)?;
+                let done = (tuning.losses().len(), wanted.steps);
+                let mut beside: Vec<&mut Descent> = inversion.iter_mut().map(Inversion::descent_mut).collect();
+                beside.push(tuning.descent_mut());
+                keep(options, &identity, &mut search, &mut beside, done, outcome)?;
             }
             losses.extend(tuning.losses());
             values = Some(tuned_values(&neurons, tuning.values()?, wanted)?);
         }
-        Ok(Report { neurons, values, losses, sizes, agreement, elapsed: began.elapsed() })
+        Ok(Report { neurons, values, inverted, losses, sizes, agreement, elapsed: began.elapsed() })
     }
 
     /// A hash of all that a search depends on: options, base, terms.
     fn identity(&self, gradient: &KeyValueGradient, options: &DiscoveryOptions) -> Result<String> {
-        let DiscoveryOptions { method, bound, batches, batch, seed, tune, checkpoint: _ } = options;
+        let DiscoveryOptions { method, bound, batches, batch, seed, invert, tune, checkpoint: _ } = options;
         let mut hash = Sha256::new();
         let paths: Vec<&str> = gradient.searched().map(|projection| projection.path.as_str()).collect();
         let base = gradient.projections().fingerprint();
         // Debug output gives every float in full.
         write!(hash, "{:?}", (method, bound, batches, batch, seed, tune, base, paths, &self.schedule, &self.terms))
             .map_err(|error| Error::io("hashing the search", error))?;
+        if let (Some(invert), Some(Learning { texts, of })) = (invert, &self.learning) {
+            write!(hash, "{:?}", (invert, texts.word(), texts.start(), of))
+                .map_err(|error| Error::io("hashing the search", error))?;
+        }
         Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
-/// Passes on how a batch went, after writing the checkpoint where it is due.
+/// Passes on how a batch went, after writing the checkpoint where it is due; `done` of `total` batches of a stage are made.
 fn keep(
     options: &DiscoveryOptions,
     identity: &str,
     search: &mut Search,
-    tuning: Option<&mut Tuning>,
+    descents: &mut [&mut Descent],
+    (done, total): (usize, usize),
     outcome: Result<()>,
 ) -> Result<()> {
-    let (done, batches) = match &tuning {
-        Some(tuning) => (tuning.is_done(), tuning.losses().len()),
-        None => (search.is_done(), search.losses().len()),
-    };
-    let due = done || outcome.is_err() || batches.is_multiple_of(CHECKPOINT_BATCHES);
+    let due = done >= total || outcome.is_err() || done.is_multiple_of(CHECKPOINT_BATCHES);
     let saved = match &options.checkpoint {
-        Some(path) if due => checkpoint::save(path, identity, search, tuning),
+        Some(path) if due => checkpoint::save(path, identity, search, descents),
         _ => Ok(()),
     };
     outcome.and(saved)
@@ -302,8 +423,8 @@ fn tuning(gradient: &KeyValueGradient, shut: &[bool], options: TuneOptions) -> R
     Tuning::new(shut.len(), members, weights, units, options)
 }
 
-/// The standard deviation of a projection's weights.
-fn deviation(weights: &[f32]) -> f32 {
+/// The standard deviation of some weights.
+pub(super) fn deviation(weights: &[f32]) -> f32 {
     let count = weights.len() as f64;
     let mean = weights.iter().map(|weight| f64::from(*weight)).sum::<f64>() / count;
     (weights.iter().map(|weight| (f64::from(*weight) - mean).powi(2)).sum::<f64>() / count).sqrt() as f32

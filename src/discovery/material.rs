@@ -10,12 +10,18 @@ use crate::error::{Error, Result};
 use crate::memory::extend;
 use crate::progress::Job;
 
+/// A part of the loss, and the prompt of each of its pictures; none where the host encoded them.
+pub(super) type Prompted = (Term, Vec<String>);
+
 impl Request<'_> {
     /// The parts of the loss, the concept's own first.
-    pub(super) fn terms(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Vec<Term>> {
+    pub(super) fn terms(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Vec<Prompted>> {
         let (own, words) = match &self.goal {
             Goal::Implant(subject) => (self.subject(subject, pipeline, job)?, subject.words()),
-            Goal::ImplantEncoded(subject) => return self.encoded_subject(subject, pipeline),
+            Goal::ImplantEncoded(subject) => {
+                let terms = self.encoded_subject(subject, pipeline)?;
+                return Ok(terms.into_iter().map(|term| (term, Vec::new())).collect());
+            }
             Goal::Erase(erasure) => (self.erasure(erasure, pipeline, job)?, vec![erasure.word.clone()]),
         };
         let mut terms = vec![own];
@@ -33,13 +39,13 @@ impl Request<'_> {
     }
 
     /// Pictures of the subject, and what the training target is.
-    fn subject(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &Job<'_>) -> Result<Term> {
+    fn subject(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &Job<'_>) -> Result<Prompted> {
         let (states, shape) = pipeline.encode_images(subject.pictures, &job.cancel)?;
         let prompts = subject.prompts();
         let shape = [shape[1], shape[2], shape[3]];
         let (examples, rows) = self.examples(states, shape, &prompts, &subject.words(), pipeline, job)?;
         check_words(&rows, &prompts, &subject.trigger)?;
-        Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
+        Ok((Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 }, prompts))
     }
 
     /// What the host encoded: the subject, and in global scope its class.
@@ -74,7 +80,7 @@ impl Request<'_> {
     }
 
     /// Pictures of the class, given or as the untouched model draws them (prior preservation).
-    fn prior(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Term> {
+    fn prior(&self, subject: &Subject<'_>, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Prompted> {
         let count = subject.class_pictures.map_or(self.drawn_pictures, |pictures| pictures.count);
         let prompts = vec![format!("a {}", subject.class_noun); count];
         let (states, shape) = match subject.class_pictures {
@@ -85,11 +91,11 @@ impl Request<'_> {
             None => self.drawn(&prompts, pipeline, job)?,
         };
         let (examples, _) = self.examples(states, shape, &prompts, &subject.words(), pipeline, job)?;
-        Ok(Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 })
+        Ok((Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 }, prompts))
     }
 
     /// Pictures of what is to be forgotten, and the untouched prediction for their anchors.
-    fn erasure(&self, erasure: &Erasure, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Term> {
+    fn erasure(&self, erasure: &Erasure, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Prompted> {
         let (prompts, anchors) = (self.cycled(&erasure.prompts), self.cycled(&erasure.anchors));
         let (states, shape) = self.drawn(&prompts, pipeline, job)?;
         let words = [erasure.word.clone()];
@@ -102,11 +108,11 @@ impl Request<'_> {
                 "the anchors are not as long as the prompts, in chunks of the tokenizer",
             ));
         }
-        Ok(Term { examples, objective: Objective::Untouched, anchors: Some(anchors), weight: 1.0 })
+        Ok((Term { examples, objective: Objective::Untouched, anchors: Some(anchors), weight: 1.0 }, prompts))
     }
 
     /// Pictures of the preserved texts, and the untouched prediction for themselves; nothing if the set can't act on them.
-    fn preserved(&self, words: &[String], pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Option<Term>> {
+    fn preserved(&self, words: &[String], pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Option<Prompted>> {
         let prompts = self.cycled(&self.preserve);
         let size = self.size(pipeline);
         let (_, texts) = pipeline.condition(&prompts, self.class_label, size, &job.cancel)?;
@@ -116,7 +122,8 @@ impl Request<'_> {
         }
         let (states, shape) = self.drawn(&prompts, pipeline, job)?;
         let (examples, _) = self.examples(states, shape, &prompts, words, pipeline, job)?;
-        Ok(Some(Term { examples, objective: Objective::Untouched, anchors: None, weight: self.preserve_weight }))
+        let weight = self.preserve_weight;
+        Ok(Some((Term { examples, objective: Objective::Untouched, anchors: None, weight }, prompts)))
     }
 
     /// Texts in turn, one a drawn picture.

@@ -7,20 +7,25 @@
 //!
 //! The gradient is one more ONNX model, made by [`crate::onnx::grad`] with respect to the keys and values; the step from
 //! there to the weights is a small product that needs no graph. A [`Tuning`] may follow: values for the found weights in place
-//! of zero, by the same slopes. [`Request`] does it all for an opened pipeline.
+//! of zero, by the same slopes. Before it all the embedding of the subject's word may be learnt ([`TokenTexts`]). [`Request`]
+//! does it all for an opened pipeline.
 
 mod checkpoint;
+mod descent;
 mod draw;
 mod gradient;
 mod held_out;
+mod invert;
 mod job;
 mod material;
 mod request;
 pub mod search;
 mod tune;
 
+pub use descent::WARM_UP;
 pub use draw::{Batch, Examples, Objective};
-pub use gradient::{GradientOptions, KeyValueGradient, Searched};
+pub use gradient::{GradientOptions, KeyValueGradient, Searched, TextSlope};
+pub use invert::{InvertOptions, Inverted, TokenTexts};
 pub use job::{CHECKPOINT_BATCHES, Discovery, DiscoveryOptions, Report, Term};
 pub use request::{Encoded, EncodedSubject, Erasure, Goal, MOST_CHOSEN, Request, Subject};
-pub use tune::{TuneOptions, Tuning, WARM_UP};
+pub use tune::{TuneOptions, Tuning};

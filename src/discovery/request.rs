@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::gradient::{GradientOptions, KeyValueGradient, Searched};
+use super::invert::{InvertOptions, TokenTexts};
 use super::job::{Discovery, DiscoveryOptions, Report};
 use super::search::{Bound, Method};
 use super::tune::TuneOptions;
@@ -115,6 +116,9 @@ pub struct Request<'a> {
     pub effort: Effort,
     /// The class for a UNet that takes one.
     pub class_label: i64,
+    /// To implant, from pictures that the pipeline encodes: the embedding of the trigger is learnt before the search, and the
+    /// search sees texts with it (textual inversion). `None` leaves it.
+    pub invert: Option<InvertOptions>,
     /// New values for the found weights, instead of shutting them; `None` to shut them, as Cones does.
     pub tune: Option<TuneOptions>,
     /// See [`DiscoveryOptions::checkpoint`].
@@ -142,6 +146,7 @@ impl<'a> Request<'a> {
             seed: 0,
             effort: Effort::default(),
             class_label: 0,
+            invert: None,
             tune: None,
             checkpoint: None,
         }
@@ -149,13 +154,14 @@ impl<'a> Request<'a> {
 
     /// Finds the neurons. The pipeline's concepts are cleared first and are the caller's to set again.
     ///
-    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"`, `"search"`, without a density
-    /// `"choose"`, and `"tune"`.
+    /// Reports the stages `"draw"` (pictures that the model draws itself), `"differentiate"`, `"invert"`, `"search"`, without
+    /// a density `"choose"`, and `"tune"`.
     ///
     /// Errors: [`Status::InvalidArgument`] for no pictures, a size that the model does not take, prompts that are not one
     /// a picture, anchors that are not one a prompt, a trigger that the tokenizer has not, a prompt without the word, a
-    /// density outside (0, 1], no batches, tuning out of range, or a checkpoint of another search; [`Status::Unsupported`] for a UNet whose
-    /// keys and values can't be composed or whose graph has an operator without a derivative rule;
+    /// density outside (0, 1], no batches, tuning or inversion out of range, an inversion where no picture is implanted, or a
+    /// checkpoint of another search; [`Status::Unsupported`] for a UNet whose keys and values can't be composed, a text encoder
+    /// whose token embedding was not found, or a graph that has an operator without a derivative rule;
     /// [`Status::WrongBase`] if the UNet's file changed since it was opened; [`Status::NotFinite`] naming the batch;
     /// [`Status::Cancelled`].
     pub fn find(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<(Concept, Report)> {
@@ -165,17 +171,22 @@ impl<'a> Request<'a> {
             Error::unsupported("this UNet's keys and values can't be composed, so it has no neurons to find")
         })?;
         let schedule = pipeline.scheduler(None)?;
-        let discovery = Discovery::new(self.terms(pipeline, job)?, schedule)?;
+        let (terms, prompts): (Vec<_>, Vec<_>) = self.terms(pipeline, job)?.into_iter().unzip();
+        let mut discovery = Discovery::new(terms, schedule)?;
         let mut options = DiscoveryOptions {
             method: self.method,
             bound: Bound::Count(0),
             batches: self.batches,
             batch: self.batch,
             seed: self.seed,
+            invert: self.invert,
             tune: self.tune,
             checkpoint: self.checkpoint.clone(),
         };
         job.step("differentiate", 0, 1)?;
+        if self.invert.is_some() {
+            discovery = self.learning(discovery, &prompts, pipeline, job)?;
+        }
         let gradient = self.differentiate(pipeline, &discovery, &options, job)?;
         if gradient.projections().fingerprint() != fingerprint {
             return Err(Error::new(
@@ -194,7 +205,37 @@ impl<'a> Request<'a> {
         let mut metadata = self.metadata(fingerprint);
         let chosen = || neurons.len() as f64 / gradient.len() as f64;
         metadata.selection = Some(Selection::Budget(self.density.unwrap_or_else(chosen)));
-        Ok((Concept { neurons, values, metadata }, report))
+        let token = report.inverted.as_ref().map(|inverted| inverted.token.clone());
+        Ok((Concept { neurons, values, token, metadata }, report))
+    }
+
+    /// The search with what it needs to learn the trigger's embedding: all texts in which it stands.
+    fn learning(
+        &self,
+        discovery: Discovery,
+        prompts: &[Vec<String>],
+        pipeline: &Pipeline,
+        job: &Job<'_>,
+    ) -> Result<Discovery> {
+        let Goal::Implant(subject) = &self.goal else { return Ok(discovery) };
+        let tokenizer = pipeline.tokenizer().ok_or_else(|| Error::invalid_argument("the model takes no text"))?;
+        let token = tokenizer.token(&subject.trigger);
+        let mut texts: Vec<String> = Vec::new();
+        let mut text_of = |prompt: &String| -> Result<Option<usize>> {
+            let chunks = tokenizer.tokenize(prompt)?;
+            if !chunks.chunks().iter().flatten().any(|id| Some(*id) == token) {
+                return Ok(None);
+            }
+            let known = texts.iter().position(|text| text == prompt);
+            Ok(Some(known.unwrap_or_else(|| {
+                texts.push(prompt.clone());
+                texts.len() - 1
+            })))
+        };
+        let of_terms = prompts.iter().map(|prompts| prompts.iter().map(&mut text_of).collect());
+        let of = of_terms.collect::<Result<Vec<_>>>()?;
+        let (trigger, noun) = (&subject.trigger, &subject.class_noun);
+        discovery.learning(TokenTexts::open(pipeline, &texts, trigger, noun, self.effort, &job.cancel)?, of)
     }
 
     fn differentiate(
@@ -212,6 +253,7 @@ impl<'a> Request<'a> {
             searched: self.searched,
             lot: self.lot,
             threads: source.options.threads,
+            texts: self.invert.is_some(),
         };
         let (example, shape) = (discovery.example(options)?, discovery.shape());
         KeyValueGradient::open(&source.runtime, &source.path, &example, shape, &gradient, &job.cancel)
@@ -245,6 +287,9 @@ impl<'a> Request<'a> {
         }
         metadata.scope = self.scope;
         metadata.method = self.method.name().to_owned();
+        if let Some(invert) = &self.invert {
+            metadata.method = format!("{} steps of textual inversion, {}", invert.steps, metadata.method);
+        }
         if let Some(tune) = &self.tune {
             metadata.method += &format!(", {} steps of tuning", tune.steps);
         }
@@ -268,6 +313,14 @@ impl<'a> Request<'a> {
         }
         if let Some(tune) = &self.tune {
             tune.check()?;
+        }
+        if let Some(invert) = &self.invert {
+            invert.check()?;
+            if !matches!(self.goal, Goal::Implant(_)) {
+                return refuse(
+                    "an embedding is learnt only of a subject's word, from pictures that are encoded here".into(),
+                );
+            }
         }
         let (height, width) = self.size(pipeline);
         let info = pipeline.info();

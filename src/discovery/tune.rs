@@ -1,12 +1,13 @@
 //! Tuning: new values for the weights of a found set and for no other (the fine-tuning of Cones, arXiv 2303.05125).
 //!
-//! The values start at zero, where a set shuts its weights, and are learnt by AdamW (Loshchilov and Hutter, arXiv
-//! 1711.05101) in the unit of each weight: the standard deviation of its projection. This file knows no network.
+//! The values start at zero, where a set shuts its weights, and are learnt by AdamW in the unit of each weight: the standard
+//! deviation of its projection. This file knows no network.
 
-use super::search::{Loss, Numbers, finite_slope};
+use super::descent::{Descent, Pace};
+use super::search::{Loss, finite_slope};
 use crate::concept::Precision;
 use crate::error::{Error, Result};
-use crate::memory::{collected, filled, zeroed};
+use crate::memory::{collected, filled};
 
 /// How a set's values are learnt.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,7 +15,7 @@ pub struct TuneOptions {
     /// Steps, a batch each, at least 1.
     pub steps: usize,
     /// The largest step size, in standard deviations of a projection's weights; above 0. It rises over the first
-    /// [`WARM_UP`] steps and falls to 0 by a half cosine.
+    /// [`super::WARM_UP`] steps and falls to 0 by a half cosine.
     pub rate: f32,
     /// The share of a value that each step takes away, times the step size; 0 or above.
     pub decay: f32,
@@ -29,28 +30,18 @@ impl Default for TuneOptions {
 }
 
 impl TuneOptions {
+    fn pace(&self) -> Pace {
+        Pace { steps: self.steps, rate: self.rate, decay: self.decay }
+    }
+
     /// Errors: [`crate::Status::InvalidArgument`] for no step, or a rate or decay outside its range.
     pub fn check(&self) -> Result<()> {
-        let Self { steps, rate, decay, .. } = *self;
-        if steps == 0 || !(rate > 0.0 && rate.is_finite()) || !(decay >= 0.0 && decay.is_finite()) {
-            return Err(Error::invalid_argument(format!(
-                "{steps} steps of tuning at rate {rate} with decay {decay}: there must be a step, the rate above 0 and \
-                 the decay not below"
-            )));
-        }
-        Ok(())
+        self.pace().check("tuning")
     }
 }
 
-/// Steps over which the step size rises.
-pub const WARM_UP: usize = 10;
-
-/// Adam's shares of the past.
-const BETAS: (f32, f32) = (0.9, 0.99);
-
 /// A tuning between two steps: all that the coming ones depend on.
 pub struct Tuning {
-    options: TuneOptions,
     /// Scales of the loss.
     count: usize,
     /// Those that are tuned, ascending.
@@ -58,11 +49,8 @@ pub struct Tuning {
     /// Their untouched weights, and the unit of each.
     weights: Vec<f32>,
     units: Vec<f32>,
-    /// In units.
-    values: Vec<f32>,
-    mean: Vec<f32>,
-    square: Vec<f32>,
-    losses: Vec<f64>,
+    /// The values in units.
+    descent: Descent,
 }
 
 impl Tuning {
@@ -81,19 +69,18 @@ impl Tuning {
         if members.is_empty() {
             return Err(Error::invalid_argument("the search found no weight whose shutting lowers the loss, to tune"));
         }
-        let zeros = || zeroed::<f32>(members.len());
-        let (values, mean, square) = (zeros()?, zeros()?, zeros()?);
-        Ok(Self { options, count, members, weights, units, values, mean, square, losses: Vec::new() })
+        let descent = Descent::new("tuned", members.len(), options.pace())?;
+        Ok(Self { count, members, weights, units, descent })
     }
 
     /// The loss of each step so far.
     pub fn losses(&self) -> &[f64] {
-        &self.losses
+        self.descent.losses()
     }
 
     /// Whether it has made all steps.
     pub fn is_done(&self) -> bool {
-        self.losses.len() >= self.options.steps
+        self.descent.is_done()
     }
 
     /// Makes the next step. The loss is told the step's number, from 0.
@@ -101,23 +88,14 @@ impl Tuning {
     /// Errors: those of the loss; [`crate::Status::NotFinite`] for a loss or slope that is not finite, naming the step. The
     /// tuning is then as before.
     pub fn step(&mut self, loss: Loss<'_>) -> Result<()> {
-        let number = self.losses.len();
+        let number = self.losses().len();
         let slope = finite_slope(loss, &self.scales()?, number, || format!("step {number} of the tuning"))?;
-        self.losses.push(slope.loss);
-        let (rate, step) = (self.rate(number), number as i32 + 1);
-        let corrections = (1.0 - BETAS.0.powi(step), 1.0 - BETAS.1.powi(step));
-        for (at, &member) in self.members.iter().enumerate() {
-            if self.weights[at] == 0.0 {
-                continue;
-            }
-            // dL/dv = dL/ds / W, as v = s W; in units of the projection times the unit.
-            let slope = slope.scales[member] / self.weights[at] * self.units[at];
-            self.mean[at] += (1.0 - BETAS.0) * (slope - self.mean[at]);
-            self.square[at] += (1.0 - BETAS.1) * (slope * slope - self.square[at]);
-            let root = (self.square[at] / corrections.1).sqrt() + 1e-12;
-            let value = self.values[at];
-            self.values[at] = value - rate * (self.mean[at] / corrections.0 / root + self.options.decay * value);
-        }
+        let Self { members, weights, units, descent, .. } = self;
+        // dL/dv = dL/ds / W, as v = s W; in units of the projection times the unit.
+        descent.step(slope.loss, |at| match weights[at] {
+            0.0 => None,
+            weight => Some(slope.scales[members[at]] / weight * units[at]),
+        });
         Ok(())
     }
 
@@ -129,7 +107,7 @@ impl Tuning {
     }
 
     fn own_values(&self) -> impl Iterator<Item = f32> {
-        self.values.iter().zip(&self.units).map(|(value, unit)| value * unit)
+        self.descent.values().iter().zip(&self.units).map(|(value, unit)| value * unit)
     }
 
     /// Where the loss of the next step is wanted.
@@ -141,31 +119,9 @@ impl Tuning {
         Ok(scales)
     }
 
-    fn rate(&self, step: usize) -> f32 {
-        let risen = ((step + 1) as f64 / WARM_UP as f64).min(1.0);
-        let fallen = (std::f64::consts::PI * (step + 1) as f64 / self.options.steps as f64).cos();
-        (f64::from(self.options.rate) * risen * 0.5 * (1.0 + fallen)) as f32
-    }
-
-    /// All that it remembers beside the losses: what a checkpoint holds.
-    pub(super) fn memory(&mut self) -> Vec<(&'static str, Numbers<'_>)> {
-        use Numbers::F32;
-        vec![
-            ("tuned.values", F32(&mut self.values)),
-            ("tuned.mean", F32(&mut self.mean)),
-            ("tuned.square", F32(&mut self.square)),
-        ]
-    }
-
-    /// Goes on behind these losses; [`Tuning::memory`] must have been set to what it was there.
-    ///
-    /// Errors: [`crate::Status::InvalidFile`] for more losses than steps.
-    pub(super) fn resume(&mut self, losses: Vec<f64>) -> Result<()> {
-        if losses.len() > self.options.steps {
-            return Err(Error::invalid_file(format!("{} losses of {} steps", losses.len(), self.options.steps)));
-        }
-        self.losses = losses;
-        Ok(())
+    /// What a checkpoint holds of it.
+    pub(super) fn descent_mut(&mut self) -> &mut Descent {
+        &mut self.descent
     }
 }
 

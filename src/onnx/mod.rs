@@ -16,6 +16,7 @@ pub mod plain;
 pub mod proto;
 pub mod save;
 pub mod tensor;
+pub mod token_embedding;
 mod walk;
 mod wire;
 

@@ -167,6 +167,11 @@ static void concepts(const char *folder) {
     OK(macula_concept_get_metadata(a, key, &same));
     CHECK(strcmp(same, value) == 0);
   }
+  {
+    macula_tensor row;
+    CHECK(info.token_row_count == 0);
+    EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "0 learnt rows", macula_concept_get_token_row(a, 0, &row));
+  }
   EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "entry is", macula_concept_get_entry(a, info.entry_count, &key, &value));
 
   OK(macula_concept_overlap(a, b, &total, layers, 1));

@@ -15,7 +15,9 @@ static int32_t tell(void *userdata, const macula_progress *progress) {
   (void)userdata;
   CHECK(progress->stage && progress->done <= progress->total);
   if (progress->loss == progress->loss) {
-    CHECK((!strcmp(progress->stage, "search") || !strcmp(progress->stage, "tune")) && progress->done && progress->loss > 0);
+    const char *stage = progress->stage;
+    CHECK(!strcmp(stage, "invert") || !strcmp(stage, "search") || !strcmp(stage, "tune"));
+    CHECK(progress->done && progress->loss > 0);
     losses++;
   }
   return told++ == stop_at;
@@ -218,6 +220,47 @@ int main(int argc, char **argv) {
   OK(macula_concept_overlap(found, again, &shared, NULL, 0));
   OK(macula_concept_get_info(again, &info));
   CHECK(shared.jaccard == 1.0 && info.values == MACULA_VALUES_QUATERNARY);
+  CHECK(info.token_row_count == 0);
+  OK(macula_concept_free(again));
+  again = NULL;
+  {
+    /* The trigger's embedding is learnt, comes with the concept and goes with it. */
+    macula_term terms[2] = {MACULA_TERM_INIT, MACULA_TERM_INIT};
+    macula_embedding_info encoded = MACULA_EMBEDDING_INFO_INIT;
+    macula_embedding *base = NULL, *with_row = NULL, *cleared = NULL;
+    macula_concept *joined = NULL;
+    macula_tensor row, first;
+    options.tune_steps = 0;
+    options.embedding_steps = 2;
+    options.embedding_rate = 0;
+    REFUSED(macula_discover(pipeline, &options, &again), MACULA_STATUS_INVALID_ARGUMENT, "rate 0");
+    options.embedding_rate = 0.1;
+    losses = 0;
+    OK(macula_discover(pipeline, &options, &again));
+    CHECK(losses == 2 + 4);
+    OK(macula_concept_get_info(again, &info));
+    CHECK(info.token_row_count == 1);
+    OK(macula_concept_get_token_row(again, 0, &row));
+    CHECK(row.rank == 1 && row.dtype == MACULA_DTYPE_F32 && row.byte_len == 4 * (uint64_t)row.shape[0]);
+    REFUSED(macula_concept_get_token_row(again, 1, &row), MACULA_STATUS_INVALID_ARGUMENT, "1 learnt rows");
+    REFUSED(macula_concept_union(found, again, &joined), MACULA_STATUS_INVALID_ARGUMENT, "a learnt embedding");
+    OK(macula_pipeline_encode_prompt(pipeline, "a <s2> animal", NULL, &base));
+    terms[0].subject = terms[1].subject = again;
+    REFUSED(macula_compose(pipeline, terms, 2), MACULA_STATUS_INVALID_ARGUMENT, "one token, \"<s2>\"");
+    OK(macula_compose(pipeline, terms, 1));
+    OK(macula_pipeline_encode_prompt(pipeline, "a <s2> animal", NULL, &with_row));
+    OK(macula_composition_clear(pipeline));
+    OK(macula_pipeline_encode_prompt(pipeline, "a <s2> animal", NULL, &cleared));
+    OK(macula_embedding_get_info(base, &encoded));
+    first = encoded.context;
+    OK(macula_embedding_get_info(with_row, &encoded));
+    CHECK(memcmp(first.data, encoded.context.data, first.byte_len) != 0);
+    OK(macula_embedding_get_info(cleared, &encoded));
+    CHECK(memcmp(first.data, encoded.context.data, first.byte_len) == 0);
+    OK(macula_embedding_free(base));
+    OK(macula_embedding_free(with_row));
+    OK(macula_embedding_free(cleared));
+  }
   OK(macula_concept_free(found));
   OK(macula_concept_free(again));
   OK(macula_images_free(files[0]));

@@ -138,6 +138,7 @@ static void concepts_compose_and_clear(Pipeline &pipeline, const std::string &fo
   CHECK(read.info()->neurons == many.info()->neurons && !read.entry(0)->first.empty());
   CHECK((few.indices(0).value() == std::vector<std::uint32_t>{0, 1, 2, 3, 4, 5, 6, 7}));
   CHECK(few.values(0).value() == std::vector<float>(8, 0.0f) && few.info()->values == MACULA_VALUES_NONE);
+  CHECK(few.info()->token_row_count == 0 && !few.token_row(0));
   Concept rest = read.without(few).value();
   CHECK(rest.indices(0)->size() == 56 && rest.intersected_with(few)->indices(0)->empty());
   CHECK(rest.united_with(few)->info()->neurons == many.info()->neurons);

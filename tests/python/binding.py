@@ -310,6 +310,32 @@ class Discovering(WithPipeline):
         with self.assertRaisesRegex(macula.InvalidArgument, "no such trigger"):
             self.pipeline.discover(self.subject[0], "no such trigger", "cat")
 
+    def test_an_embedding_is_learnt_and_goes_with_its_concept(self):
+        told = []
+        found = self.pipeline.discover(
+            *self.subject, embedding_steps=2, progress=lambda now: told.append((now.stage, now.done)), **self.SEARCH
+        )
+        self.assertIn(("invert", 2), told)
+        (row,) = found.token_rows
+        self.assertEqual((row.dtype, row.ndim, bool(np.isfinite(row).all())), (np.float32, 1, True))
+        self.assertEqual(found.metadata["macula.token"], found.trigger)
+        found.save(FOLDER / "learnt.safetensors")
+        self.assertTrue((macula.Concept.load(FOLDER / "learnt.safetensors").token_rows[0] == row).all())
+        self.assertEqual(self.pipeline.discover(*self.subject, **self.SEARCH).token_rows, [])
+        prompt = f"a {found.trigger} cat"
+        base = self.pipeline.encode_prompt(prompt).context.copy()
+        self.pipeline.compose(found)
+        self.assertTrue((self.pipeline.encode_prompt(prompt).context != base).any())
+        self.pipeline.clear()
+        self.assertTrue((self.pipeline.encode_prompt(prompt).context == base).all())
+        self.assert_draws_as_before()
+        prompt = self.pipeline.encode_prompt("a <s2> animal")
+        latents = np.zeros((1, 3, 32, 32), np.float32)
+        with self.assertRaisesRegex(macula.InvalidArgument, "embedding is learnt only"):
+            self.pipeline.discover_encoded(
+                latents, prompt.context, "<s2>", "animal", embedding=prompt, embedding_steps=1, **self.SEARCH
+            )
+
     def test_control_c_stops_a_search_and_its_checkpoint_goes_on(self):
         self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         search = {**self.SEARCH, "batches": 30, "checkpoint": FOLDER / "search"}

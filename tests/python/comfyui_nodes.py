@@ -132,6 +132,21 @@ class Graphs(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "ControlNet"):
             self.unet(self.x, torch.tensor([1.0, 1.0]), context=self.context, control={})
 
+    def test_a_learnt_embedding_is_told_and_not_dropped_unsaid(self):
+        sys.path.insert(0, str(ROOT / "models/reference"))
+        import concept_file
+
+        metadata = {
+            "macula.base": "ab" * 32, "macula.trigger": "cat", "macula.token": "cat", "modelspec.title": "a test",
+            "modelspec.architecture": "a test",
+        }
+        file = FOLDER / "learnt.safetensors"
+        concept_file.write(file, {"block.attn1.to_k": (2, 2, [1])}, metadata, [np.ones(4, np.float32)])
+        concept = macula.Concept.load(file)
+        with self.assertRaisesRegex(ValueError, "learnt embedding of cat"):
+            node("MaculaComposeConcepts")(concept, 1.0)
+        self.assertIn("learnt embedding of cat, for 1 text encoders", node("MaculaConceptInfo")(concept)["result"][0])
+
     def test_files_are_listed_saved_and_described(self):
         self.concept.save(FOLDER / "models/concepts/test.safetensors")
         self.assertIn("test.safetensors", NODES.LoadConcept.INPUT_TYPES()["required"]["concept_name"][0])

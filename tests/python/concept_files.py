@@ -22,14 +22,16 @@ TYPES = {"float16": np.float16, "float32": np.float32}
 def rewrite(folder):
     for path in sorted(Path(folder).glob("*.safetensors")):
         layers, metadata = concept_file.read(path)
+        rows = concept_file.read_rows(path)
         with safe_open(path, "np") as file:
             assert file.metadata() == metadata
             precision = metadata["macula.values"]
             types = {name + concept_file.SUFFIX: np.uint8 for name in layers}
             if precision != "none":
                 types |= {name + concept_file.VALUES_SUFFIX: np.dtype(TYPES.get(precision, np.uint8)) for name in layers}
+            types |= {concept_file.ROW_NAME.format(number): np.float32 for number in range(len(rows))}
             assert {name: file.get_tensor(name).dtype for name in file.keys()} == types
-        concept_file.write(path.with_suffix(".again"), layers, metadata)
+        concept_file.write(path.with_suffix(".again"), layers, metadata, rows)
 
 
 def make(folder):

@@ -261,6 +261,7 @@ class macula_concept_info(Struct):
         ("scope", c_int32),
         ("values", c_int32),
         ("reserved", c_int32),
+        ("token_row_count", c_size_t),
     ]
 
 
@@ -549,8 +550,11 @@ class macula_discover_options(Struct):
         ("embedding", c_void_p),
         ("class_latents", POINTER(macula_tensor)),
         ("class_context", POINTER(macula_tensor)),
+        ("embedding_rate", c_double),
+        ("embedding_steps", c_uint32),
+        ("reserved", c_int32),
     ]
-    _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3}
+    _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3, "embedding_rate": 0.1}
 
 
 class macula_memory_info(Struct):
@@ -595,6 +599,7 @@ FUNCTIONS = {
     "macula_concept_get_layer": (c_int32, [c_void_p, c_size_t, POINTER(macula_layer_info)]),
     "macula_concept_get_indices": (c_int32, [c_void_p, c_size_t, POINTER(c_uint32), c_size_t]),
     "macula_concept_get_values": (c_int32, [c_void_p, c_size_t, POINTER(c_float), c_size_t]),
+    "macula_concept_get_token_row": (c_int32, [c_void_p, c_size_t, POINTER(macula_tensor)]),
     "macula_concept_get_entry": (c_int32, [c_void_p, c_size_t, POINTER(c_char_p), POINTER(c_char_p)]),
     "macula_concept_get_metadata": (c_int32, [c_void_p, c_char_p, POINTER(c_char_p)]),
     "macula_concept_union": (c_int32, [c_void_p, c_void_p, POINTER(c_void_p)]),

@@ -11,6 +11,7 @@ import numpy as np
 
 from ._abi import (
     Role, Scope, Values, macula_concept_info, macula_concept_options, macula_layer, macula_layer_info, macula_overlap,
+    macula_tensor,
 )
 from ._library import Handle, StrPath, check, info, library, receive, text
 from .options import choice
@@ -195,6 +196,17 @@ class Concept(Handle):
     def precision(self) -> Values:
         """How tuned values are kept; `Values.NONE` for a concept that shuts."""
         return Values(self._info.values)
+
+    @property
+    def token_rows(self) -> list[np.ndarray]:
+        """The learnt embedding of the trigger, `float32 [width]` for each text encoder; empty if it was not learnt."""
+        rows = []
+        for encoder in range(self._info.token_row_count):
+            row = macula_tensor()
+            check(library.macula_concept_get_token_row(self.pointer, encoder, byref(row)))
+            numbers = cast(row.data, POINTER(c_float))
+            rows.append(np.ctypeslib.as_array(numbers, (row.shape[0],)).copy())
+        return rows
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -91,6 +91,8 @@ class DiscoverOptions(TypedDict, total=False):
     tune_steps: int
     tune_rate: float
     values: _abi.Values | str
+    embedding_steps: int
+    embedding_rate: float
 
 
 def choice(kind: type[IntEnum], value: IntEnum | int | str) -> int:

@@ -19,6 +19,7 @@ mod text;
 mod tokenizer;
 mod vae;
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,16 +36,15 @@ use super::precision;
 use super::profiles::ExpectedStates;
 use super::schedule::{self, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
-use crate::concept::{Composition, GatheredConcept, Rows};
+use crate::concept::{Composition, GatheredConcept, LearntToken, Rows};
 use crate::error::{Error, Result, Status};
 use crate::progress::{CancelToken, Job};
 use crate::runtime::{ProviderKind, Runtime, Session, SessionMemory};
 
-pub use text::Embedding;
+pub use text::{Embedding, TextEncoder};
 pub use tokenizer::{MAX_PROMPT_BYTES, MAX_PROMPT_CHUNKS, PromptTokenizer, TokenizedPrompt, open_tokenizer};
 pub use vae::Images;
 
-use text::TextEncoder;
 use vae::Vae;
 
 /// The most images of one draw.
@@ -173,6 +173,9 @@ pub struct AppliedConcept {
     pub strength: f32,
     /// Where it acts.
     pub scope: ConceptScope,
+    /// The word whose embedding was learnt with it, if any. In every prompt with the word, negative ones too, the row of
+    /// each text encoder's table goes by `strength` from its own to the learnt one.
+    pub token: Option<LearntToken>,
 }
 
 /// Where a concept acts.
@@ -358,6 +361,11 @@ impl Pipeline {
         self.encoders.first().map(|encoder| &encoder.tokenizer)
     }
 
+    /// The text encoders, whose encodings are joined in this order; none for a model without text.
+    pub fn text_encoders(&self) -> &[TextEncoder] {
+        &self.encoders
+    }
+
     /// The scheduler of the folder, or with another sampler.
     ///
     /// # Errors
@@ -444,18 +452,64 @@ impl Pipeline {
     /// The concepts of the coming draws, until they are set again. None is the base model, bit for bit.
     ///
     /// # Errors
-    /// [`crate::Status::InvalidArgument`] for a strength outside `[0, 1]`; [`crate::Status::Unsupported`] if this UNet's
-    /// keys and values can't be composed. A draw by a schedule whose stages have UNets of other weights refuses them.
+    /// [`crate::Status::InvalidArgument`] for a strength outside `[0, 1]`, two concepts that learnt the embedding of one
+    /// token, a learnt word that is no single token of this model, or learnt rows that are not one of the right width for
+    /// each text encoder; [`crate::Status::Unsupported`] if this UNet's keys and values can't be composed, or no token
+    /// embedding was found in a text encoder's graph; those of the encoder. What was set before then stays. A draw by a
+    /// schedule whose stages have UNets of other weights refuses concepts.
     pub fn set_concepts(&mut self, concepts: Vec<AppliedConcept>) -> Result<()> {
         // Checks strengths and the UNet now rather than in the next draw.
         let mut composition = Composition::new();
         for applied in &concepts {
             composition.push(applied.concept.clone(), applied.strength, Rows::All)?;
         }
+        let rows = self.learnt_rows(&concepts)?;
         self.forget_steps();
         self.unet_mut().set_composition(composition)?;
         self.concepts = concepts;
+        self.replace_rows(rows);
         Ok(())
+    }
+
+    /// The learnt rows of these concepts at their strengths: for each text encoder, by token.
+    fn learnt_rows(&self, concepts: &[AppliedConcept]) -> Result<Vec<BTreeMap<u32, Vec<f32>>>> {
+        let mut rows = vec![BTreeMap::new(); self.encoders.len()];
+        let learnt = concepts.iter().filter_map(|applied| Some((applied.token.as_ref()?, applied.strength)));
+        for (token, strength) in learnt {
+            let word = token.word();
+            if token.rows().len() != self.encoders.len() {
+                return Err(Error::invalid_argument(format!(
+                    "the embedding of {word:?} was learnt for {} text encoders, this model has {}",
+                    token.rows().len(),
+                    self.encoders.len()
+                )));
+            }
+            for (number, (encoder, rows)) in self.encoders.iter().zip(&mut rows).enumerate() {
+                let id = encoder.tokenizer.token(word).ok_or_else(|| {
+                    Error::invalid_argument(format!(
+                        "the embedding of {word:?} was learnt, and that is no single token of this model's tokenizer"
+                    ))
+                })?;
+                let base = || encoder.row(id, &CancelToken::new());
+                let row = token.at_strength(number, strength, encoder.row_width()?, base)?;
+                if rows.insert(id, row).is_some() {
+                    return Err(Error::invalid_argument(format!(
+                        "two concepts learnt the embedding of one token, {word:?}: find one of them anew for another token"
+                    )));
+                }
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Puts rows in place of the tables'; encodings of before are forgotten if any changed.
+    fn replace_rows(&mut self, rows: Vec<BTreeMap<u32, Vec<f32>>>) {
+        for (encoder, rows) in self.encoders.iter_mut().zip(rows) {
+            if *encoder.replaced_rows() != rows {
+                encoder.replace_rows(rows);
+                self.embeddings.clear();
+            }
+        }
     }
 
     /// Sets a composition, which is of the first UNet's weights, for one of the UNets.

@@ -2,15 +2,27 @@
 //!
 //! One encoder for SD1.x and SD2.x, two side by side for SDXL (whose encodings are joined along the features, with the
 //! pooled encoding of the second). It knows no images.
+//!
+//! A token's row of an encoder's table can be replaced by a learnt one (textual inversion): the table itself is never
+//! written, and where no token of a text is replaced, its encoding is the untouched one, bit for bit.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use crate::diffusion::folder::Folder;
 use crate::diffusion::precision;
 use crate::error::{Error, Result};
+use crate::memory::{copied, zeroed};
+use crate::onnx::token_embedding::{self, TokenEmbedding};
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{Dimension, ElementType, Runtime, Session, SessionOptions, Tensor};
 
 use super::tokenizer::{PromptTokenizer, TokenizedPrompt};
+
+/// Usual names of a text encoder's inputs.
+const IDS: &str = "input_ids";
+const MASK: &str = "attention_mask";
 
 /// CLIP's chunk length.
 const CLIP_LENGTH: usize = 77;
@@ -31,11 +43,25 @@ pub struct Embedding {
 }
 
 /// A tokenizer and its encoder.
-pub(super) struct TextEncoder {
+pub struct TextEncoder {
     pub(super) tokenizer: PromptTokenizer,
     pub(super) session: Session,
+    path: PathBuf,
     hidden: String,
     pooled: Option<String>,
+    /// Where rows are given; or why that can't be.
+    table: std::result::Result<TokenEmbedding, String>,
+    /// Rows in place of the table's, by token.
+    replaced: BTreeMap<u32, Vec<f32>>,
+}
+
+/// A text encoder that opens its file, with the inputs of [`token_embedding::replaceable`] where it can have them.
+///
+/// Errors: those of [`Model::open`].
+fn open_model(path: &Path, limits: &Limits) -> Result<(Model, std::result::Result<TokenEmbedding, String>)> {
+    let mut model = Model::open(path, limits)?;
+    let table = token_embedding::replaceable(&mut model, IDS).map_err(|error| error.message().to_owned());
+    Ok((model, table))
 }
 
 impl TextEncoder {
@@ -50,9 +76,10 @@ impl TextEncoder {
         limits: &Limits,
     ) -> Result<Self> {
         let path = encoder.path("model.onnx");
-        let model = Model::open(&path, limits).map_err(|e| e.at(path.display()))?;
+        let (model, table) = open_model(&path, limits).map_err(|e| e.at(path.display()))?;
         let session = runtime.session(&model, session).map_err(|e| e.at(path.display()))?;
-        let known = ["input_ids", "attention_mask"];
+        let mut known = vec![IDS, MASK];
+        known.extend(table.iter().flat_map(|table| [table.rows.as_str(), table.replaced.as_str()]));
         if let Some(other) = session.inputs().map(|port| &port.name).find(|name| !known.contains(&name.as_str())) {
             return Err(Error::unsupported(format!(
                 "{}: the text encoder has an input {other:?}; handled are input_ids and attention_mask",
@@ -65,7 +92,7 @@ impl TextEncoder {
             .and_then(|config| config.get("max_position_embeddings")?.as_u64())
             .and_then(|length| usize::try_from(length).ok())
             .filter(|length| (3..=4096).contains(length));
-        let fixed = match session.input("input_ids").map_err(|e| e.at(path.display()))?.dims.as_slice() {
+        let fixed = match session.input(IDS).map_err(|e| e.at(path.display()))?.dims.as_slice() {
             &[_, Dimension::Fixed(length)] => Some(length),
             &[_, _] => None,
             dims => {
@@ -109,7 +136,94 @@ impl TextEncoder {
         // Of a plain CLIP text model, `pooler_output` is no projection; SDXL wants the projected `text_embeds`.
         let pooled = has("text_embeds").then(|| "text_embeds".to_owned());
         drop(outputs);
-        Ok(Self { tokenizer, session, hidden, pooled })
+        Ok(Self { tokenizer, session, path, hidden, pooled, table, replaced: BTreeMap::new() })
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &PromptTokenizer {
+        &self.tokenizer
+    }
+
+    /// The row of the table for a token, untouched.
+    ///
+    /// Errors: [`crate::Status::Unsupported`] if the table was not found in the graph; those of the session.
+    pub fn row(&self, token: u32, cancel: &CancelToken) -> Result<Vec<f32>> {
+        let table = self.table()?;
+        let mut ids = self.tokenizer.empty_chunk();
+        ids[0] = token;
+        let answers = self.run(&ids, &[&table.gathered], cancel)?;
+        let gathered = answers.first().map(precision::to_f32).transpose()?.unwrap_or_default();
+        match gathered.get(..table.width) {
+            Some(row) => copied(row),
+            None => Err(Error::unsupported(format!("the token embedding gives {} numbers", gathered.len()))),
+        }
+    }
+
+    /// Numbers of a row of the table.
+    ///
+    /// Errors: [`crate::Status::Unsupported`] if the table was not found in the graph.
+    pub fn row_width(&self) -> Result<usize> {
+        Ok(self.table()?.width)
+    }
+
+    /// Rows in place of the table's, by token; each of the table's width. Those before are forgotten.
+    pub(super) fn replace_rows(&mut self, rows: BTreeMap<u32, Vec<f32>>) {
+        self.replaced = rows;
+    }
+
+    /// The rows that take the place of the table's, by token.
+    pub(super) fn replaced_rows(&self) -> &BTreeMap<u32, Vec<f32>> {
+        &self.replaced
+    }
+
+    fn table(&self) -> Result<&TokenEmbedding> {
+        self.table.as_ref().map_err(|why| Error::unsupported(why.clone()).at(self.path.display()))
+    }
+
+    /// Runs the encoder on a chunk.
+    pub(crate) fn run(&self, chunk: &[u32], wanted: &[&str], cancel: &CancelToken) -> Result<Vec<Tensor>> {
+        let inputs = self.inputs(chunk, &self.replaced)?;
+        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        self.session.run(&inputs, wanted, cancel).map_err(|e| e.at("text encoder"))
+    }
+
+    /// Its graph once more, for whoever differentiates it, with the names of its inputs for rows.
+    ///
+    /// Errors: those of [`Model::open`]; [`crate::Status::Unsupported`] if the token embedding was not found.
+    pub(crate) fn graph(&self, limits: &Limits) -> Result<(Model, TokenEmbedding)> {
+        let (model, table) = open_model(&self.path, limits).map_err(|e| e.at(self.path.display()))?;
+        let table = table.map_err(|why| Error::unsupported(why).at(self.path.display()))?;
+        Ok((model, table))
+    }
+
+    /// The output that is the encoding.
+    pub(crate) fn hidden(&self) -> &str {
+        &self.hidden
+    }
+
+    /// The output that is the pooled encoding, if the encoder makes one.
+    pub(crate) fn pooled(&self) -> Option<&str> {
+        self.pooled.as_deref()
+    }
+
+    /// What the graph is given for a chunk, with rows in place of the table's.
+    fn inputs(&self, chunk: &[u32], rows: &BTreeMap<u32, Vec<f32>>) -> Result<Vec<(&str, Tensor)>> {
+        let length = self.tokenizer.length();
+        let mut inputs = self.numbers(chunk)?;
+        if let Ok(TokenEmbedding { rows: given, replaced, width, .. }) = &self.table {
+            let (mut numbers, mut places) = (zeroed::<f32>(length * width)?, zeroed::<bool>(length * width)?);
+            for (at, token) in chunk.iter().enumerate() {
+                if let Some(row) = rows.get(token) {
+                    let at = at * width..(at + 1) * width;
+                    numbers[at.clone()].copy_from_slice(row);
+                    places[at].fill(true);
+                }
+            }
+            let shape = [1, length, *width];
+            inputs.push((given, Tensor::from_vec(&shape, numbers)?));
+            inputs.push((replaced, Tensor::from_vec(&shape, places)?));
+        }
+        Ok(inputs)
     }
 
     /// Encodings `[chunks * length, features]` and the pooled one of the first chunk.
@@ -117,17 +231,9 @@ impl TextEncoder {
         let length = self.tokenizer.length();
         let mut encoded = Encoded { hidden: Vec::new(), features: 0, pooled: None };
         for chunk in chunks {
-            let ids: Vec<i64> = chunk.iter().map(|id| i64::from(*id)).collect();
-            let ids = self.integers("input_ids", length, &ids)?;
-            let mask = match self.session.input("attention_mask") {
-                Ok(_) => Some(self.integers("attention_mask", length, &self.tokenizer.mask(chunk))?),
-                Err(_) => None,
-            };
-            let mut inputs = vec![("input_ids", &ids)];
-            inputs.extend(mask.as_ref().map(|mask| ("attention_mask", mask)));
             let mut wanted = vec![self.hidden.as_str()];
             wanted.extend(self.pooled.as_deref());
-            let outputs = self.session.run(&inputs, &wanted, cancel).map_err(|e| e.at("text encoder"))?;
+            let outputs = self.run(chunk, &wanted, cancel)?;
             let [hidden, pooled @ ..] = outputs.as_slice() else {
                 return Err(Error::unsupported("the text encoder gave nothing"));
             };
@@ -145,6 +251,17 @@ impl TextEncoder {
             }
         }
         Ok(encoded)
+    }
+
+    /// Token numbers of a chunk, and its mask for an encoder that takes one.
+    pub(crate) fn numbers(&self, chunk: &[u32]) -> Result<Vec<(&'static str, Tensor)>> {
+        let length = self.tokenizer.length();
+        let ids: Vec<i64> = chunk.iter().map(|id| i64::from(*id)).collect();
+        let mut inputs = vec![(IDS, self.integers(IDS, length, &ids)?)];
+        if self.session.input(MASK).is_ok() {
+            inputs.push((MASK, self.integers(MASK, length, &self.tokenizer.mask(chunk))?));
+        }
+        Ok(inputs)
     }
 
     fn integers(&self, name: &str, length: usize, values: &[i64]) -> Result<Tensor> {

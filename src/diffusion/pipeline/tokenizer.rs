@@ -100,6 +100,11 @@ impl PromptTokenizer {
         (text.to_lowercase() == word.trim().to_lowercase()).then_some(*id)
     }
 
+    /// The number of the first token of some words; `None` for words that become none.
+    pub fn first_token(&self, words: &str) -> Option<u32> {
+        self.inner.encode(words, false).ok()?.get_ids().first().copied()
+    }
+
     /// Splits a prompt into chunks, each framed by the begin and end tokens and padded to [`PromptTokenizer::length`].
     /// A word that does not fit into the rest of a chunk begins the next one, unless it is longer than a chunk. The
     /// empty prompt is one chunk.

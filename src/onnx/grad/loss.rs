@@ -59,3 +59,48 @@ pub fn mean_squared_error(model: &mut Model, value: &str, rank: usize) -> Result
         Ok(MeanSquaredError { target, weight, loss, of_samples })
     })
 }
+
+/// Names of what [`inner_product`] added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InnerProduct {
+    /// Inputs: what each value is multiplied with, of its shape, f32.
+    pub cotangents: Vec<String>,
+    /// Output: the sum of all products, a number without axes, f32.
+    pub product: String,
+}
+
+/// Adds Σ ⟨ū, value⟩ over `values`, each with an input ū of its own: its derivative is the vector-Jacobian product of all
+/// of them together.
+///
+/// Errors: [`crate::Status::NotFound`]; [`crate::Status::InvalidArgument`] without a value.
+pub fn inner_product(model: &mut Model, values: &[&str]) -> Result<InnerProduct> {
+    if values.is_empty() {
+        return Err(Error::invalid_argument("an inner product needs a value"));
+    }
+    model.edit(|edit| {
+        let mut cotangents = Vec::with_capacity(values.len());
+        let mut sums = Vec::with_capacity(values.len());
+        for value in values {
+            edit.expose_output(value)?;
+            let mut fresh = |part: &str| edit.fresh_name(&format!("{value}/{part}"));
+            let (along, float, product, sum) = (fresh("along"), fresh("float"), fresh("product"), fresh("sum"));
+            let graph = edit.graph_mut();
+            graph.input.push(build::value(&along, DataType::Float, None));
+            graph.node.extend([
+                node("Cast", [*value], [float.as_str()]).with("to", DataType::Float as i64),
+                node("Mul", [float.as_str(), &along], [product.as_str()]),
+                node("ReduceSum", [product.as_str()], [sum.as_str()]).with("keepdims", 0),
+            ]);
+            cotangents.push(along);
+            sums.push(sum);
+        }
+        let mut product = sums.remove(0);
+        for sum in sums {
+            let both = edit.fresh_name("inner_product");
+            edit.graph_mut().node.push(node("Add", [product.as_str(), &sum], [both.as_str()]));
+            product = both;
+        }
+        edit.graph_mut().output.push(build::value(&product, DataType::Float, Some(&[])));
+        Ok(InnerProduct { cotangents, product })
+    })
+}

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use expr::Graph;
 use facts::Size;
 pub use facts::{Facts, Observation, Questions, questions};
-pub use loss::{MeanSquaredError, mean_squared_error};
+pub use loss::{InnerProduct, MeanSquaredError, inner_product, mean_squared_error};
 use path::Path;
 use site::{Site, Sweep, describe};
 
