@@ -313,6 +313,7 @@ pub unsafe extern "C" fn macula_trajectory_step(
         // SAFETY: as above.
         let out_clean = match out_clean.is_null() {
             true => None,
+            // SAFETY: as above.
             false => Some(unsafe { reference(out_clean, "out_clean") }?),
         };
         // SAFETY: as above, and each is looked at alone.
