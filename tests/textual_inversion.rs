@@ -170,9 +170,11 @@ fn clip_encoders_of_torchscript_take_rows_as_pytorch_does() {
 
 #[test]
 fn clip_encoders_of_dynamo_take_rows_as_pytorch_does() {
-    rows_agree("dynamo17", 1e-5);
     rows_agree("dynamo20", 1e-5);
-    rows_agree("dynamo20-raw", 1e-5);
+    if std::env::var_os("MACULA_FULL_TESTS").is_some_and(|value| value == "1") {
+        rows_agree("dynamo17", 1e-5);
+        rows_agree("dynamo20-raw", 1e-5);
+    }
 }
 
 #[test]
