@@ -49,6 +49,9 @@ pub(crate) fn extend<T>(target: &mut Vec<T>, values: impl IntoIterator<Item = T>
 /// What a product of matrices packs into memory of its own, at most, on each thread.
 pub(crate) const PANELS: usize = 4 << 20;
 
+/// More than the nodes and names of any UNet and its gradient take, and the graph of one while a session is made.
+pub(crate) const GRAPH: usize = 64 << 20;
+
 /// Fails unless so many bytes can be had now. For work whose many small allocations, or those of another crate, can't fail
 /// one by one: a graph's nodes and names, the panels of a matrix product.
 pub(crate) fn room(bytes: usize) -> Result<()> {

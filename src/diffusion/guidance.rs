@@ -4,7 +4,6 @@
 
 use std::ops::ControlFlow;
 
-use super::decomposed::operators::{Size, down};
 use super::decomposed::{Plan, Trajectory};
 use super::noise::standard_normal;
 use super::precision;
@@ -271,7 +270,7 @@ impl Noise<'_> {
     fn start_of(&self, trajectory: &Trajectory) -> Result<Vec<f32>> {
         let shape = trajectory.shape();
         match self.start {
-            None => self.seen_at(trajectory.stage(), trajectory.shape_at(0)),
+            None => trajectory.seen_at(trajectory.stage(), self.of_seed(0, trajectory.shape_at(0))?),
             Some(start) if start.len() == shape.iter().product::<usize>() => {
                 precision::collect(start.len(), start.iter().copied())
             }
@@ -294,18 +293,8 @@ impl Noise<'_> {
         let stage = trajectory.stage() - 1;
         match &mut self.lift {
             Some(given) => fill(trajectory.shape_at(stage), |out| given(index, out)),
-            None => self.seen_at(stage, trajectory.shape_at(0)),
+            None => trajectory.seen_at(stage, self.of_seed(0, trajectory.shape_at(0))?),
         }
-    }
-
-    /// The start noise of clean states of this shape, in the coordinates of a stage.
-    fn seen_at(&self, stage: usize, [batch, channels, height, width]: [usize; 4]) -> Result<Vec<f32>> {
-        let size = Size { planes: batch * channels, height, width };
-        let mut noise = self.of_seed(0, [batch, channels, height, width])?;
-        for level in 0..stage {
-            noise = down(&noise, size.halved(level)?)?;
-        }
-        Ok(noise)
     }
 
     fn of_seed(&self, step: u32, shape: [usize; 4]) -> Result<Vec<f32>> {

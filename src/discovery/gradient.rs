@@ -18,7 +18,7 @@ use crate::concept::{ProjectionWeights, Projections, Weights};
 use crate::diffusion::precision;
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result, Status};
-use crate::memory::{PANELS, collected, copied, room, threads, zeroed};
+use crate::memory::{GRAPH, PANELS, collected, copied, room, threads, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts};
@@ -119,11 +119,45 @@ struct Names {
     cotangent: String,
 }
 
-/// More than the nodes and names of any UNet and its gradient take.
-const GRAPH: usize = 64 << 20;
-
 const CONTEXT: &str = attention::TEXT_INPUT;
 const POOLED: &str = "text_embeds";
+
+/// What of a graph is differentiated.
+pub(super) struct Asked<'a> {
+    /// With respect to these values.
+    pub wrt: &'a [&'a str],
+    /// A number.
+    pub loss: &'a str,
+    /// Outputs beside the gradients.
+    pub kept: &'a [&'a str],
+    pub effort: Effort,
+}
+
+/// A graph with its gradient, for inputs of just these shapes: with known sizes ONNX Runtime folds what computes with them.
+pub(super) fn differentiate(
+    runtime: &Runtime,
+    model: &Model,
+    given: &[(&str, &Tensor)],
+    asked: &Asked<'_>,
+    options: &SessionOptions,
+    cancel: &CancelToken,
+) -> Result<grad::Gradient> {
+    let questions = grad::questions(model, asked.wrt, asked.loss)?;
+    let seen = observe(runtime, model, &questions, given, options, cancel)?;
+    room(GRAPH)?;
+    let mut gradient = grad::vjp(model, &Facts::new(&[seen])?, asked.wrt, asked.loss, asked.effort)?;
+    let gradients = &gradient.gradients;
+    gradient.model.edit(|edit| {
+        let kept = |name: &str| gradients.iter().any(|one| one == name) || asked.kept.contains(&name);
+        edit.graph_mut().output.retain(|info| kept(info.name()));
+        for (name, tensor) in given {
+            edit.fix_input(name, tensor.shape());
+        }
+        edit.drop_unused();
+        Ok(())
+    })?;
+    Ok(gradient)
+}
 
 impl KeyValueGradient {
     /// Differentiates a UNet for batches like `example`.
@@ -193,24 +227,12 @@ impl KeyValueGradient {
             wrt.extend(all.iter().filter(|name| !of_searched.contains(name)));
             wrt.extend(pooled);
         }
-        let questions = grad::questions(&model, &wrt, &names.loss.loss)?;
-        let seen = observe(runtime, &model, &questions, &given, &session_options, cancel)?;
-        room(GRAPH)?;
-        let gradient = grad::vjp(&model, &Facts::new(&[seen])?, &wrt, &names.loss.loss, options.effort)?;
-        let mut model = gradient.model;
-        model.edit(|edit| {
-            let kept = |name: &str| gradient.gradients.iter().any(|one| one == name) || name == names.loss.of_samples;
-            edit.graph_mut().output.retain(|info| kept(info.name()));
-            // The graph is for this shape: with known sizes ONNX Runtime folds what computes with them.
-            for (name, tensor) in &given {
-                edit.fix_input(name, tensor.shape());
-            }
-            edit.drop_unused();
-            Ok(())
-        })?;
+        let asked =
+            Asked { wrt: &wrt, loss: &names.loss.loss, kept: &[&names.loss.of_samples], effort: options.effort };
+        let mut gradient = differentiate(runtime, &model, &given, &asked, &session_options, cancel)?;
         if session_options.provider == Provider::Cpu {
             // What no gradient passes, and what the gradient computes again.
-            attention::fuse(&mut model)?;
+            attention::fuse(&mut gradient.model)?;
         }
         let gradient_of = |value: &str| {
             let at = wrt.iter().position(|known| *known == value)?;
@@ -223,11 +245,11 @@ impl KeyValueGradient {
         names.cotangent = gradient.cotangent;
         if options.effort == Effort::Speed {
             // Half precision is widened and every kernel packed, those of the backward sweep as well as the forward one's.
-            room(usize::try_from(model.weight_bytes()?).unwrap_or(usize::MAX).saturating_mul(4))?;
+            room(usize::try_from(gradient.model.weight_bytes()?).unwrap_or(usize::MAX).saturating_mul(4))?;
         }
-        let session = runtime.session(&model, &session_options)?;
+        let session = runtime.session(&gradient.model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();
-        let inputs = inputs_of(&model)?.into_iter().filter(taken).collect();
+        let inputs = inputs_of(&gradient.model)?.into_iter().filter(taken).collect();
         Ok(Self { session, texts, inputs, names, gradients, of_texts, lot })
     }
 

@@ -7,7 +7,7 @@
 
 use super::descent::{Descent, Pace};
 use super::draw::pick;
-use super::gradient::TextSlope;
+use super::gradient::{Asked, TextSlope, differentiate};
 use super::job::deviation;
 use crate::concept::LearntToken;
 use crate::diffusion::pipeline::{Pipeline, TextEncoder};
@@ -16,10 +16,10 @@ use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result, Status};
 use crate::memory::{collected, extend, zeroed};
 use crate::onnx::Limits;
-use crate::onnx::grad::{self, Effort, Facts};
+use crate::onnx::grad::{self, Effort};
 use crate::onnx::token_embedding::TokenEmbedding;
 use crate::progress::CancelToken;
-use crate::runtime::{Runtime, Session, SessionOptions, Tensor, observe};
+use crate::runtime::{Runtime, Session, SessionOptions, Tensor};
 
 /// How a token's embedding is learnt.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -360,18 +360,8 @@ impl EncoderGradient {
         given.extend(product.cotangents.iter().map(String::as_str).zip(&zeros));
         let wrt = [table.rows.as_str()];
         let options = SessionOptions { memory_pattern: false, ..session.clone() };
-        let questions = grad::questions(&model, &wrt, &product.product)?;
-        let seen = observe(runtime, &model, &questions, &given, &options, cancel)?;
-        let mut gradient = grad::vjp(&model, &Facts::new(&[seen])?, &wrt, &product.product, effort)?;
-        gradient.model.edit(|edit| {
-            let kept = |name: &str| values.contains(&name) || gradient.gradients.iter().any(|one| one == name);
-            edit.graph_mut().output.retain(|info| kept(info.name()));
-            for (name, tensor) in &given {
-                edit.fix_input(name, tensor.shape());
-            }
-            edit.drop_unused();
-            Ok(())
-        })?;
+        let asked = Asked { wrt: &wrt, loss: &product.product, kept: values, effort };
+        let gradient = differentiate(runtime, &model, &given, &asked, &options, cancel)?;
         let session = runtime.session(&gradient.model, &options)?;
         let size = |shape: &Vec<usize>| shape.last().copied().unwrap_or_default();
         Ok(Self {

@@ -19,13 +19,9 @@ use super::library::{Loaded, LogSink};
 use super::provider::{Provider, ProviderKind};
 use super::tensor::{Device, ElementType, MemoryInfo, Tensor, Value, tensor_info};
 use crate::error::{Error, Result, Status};
-use crate::memory::room;
+use crate::memory::{GRAPH, room};
 use crate::onnx::proto;
 use crate::progress::CancelToken;
-
-/// More than the graph of a UNet takes beside its weights while ONNX Runtime makes a session. Asked for beforehand, with the
-/// weights: where its own memory runs out, ONNX Runtime may end the process.
-const GRAPH: usize = 64 << 20;
 
 /// How much a graph is rewritten before it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -339,6 +335,7 @@ impl Session {
         Chosen { provider, fallback_reason, mut raw }: Chosen,
     ) -> Result<Self> {
         let api = loaded.api;
+        // Asked for beforehand: where its own memory runs out, ONNX Runtime may end the process.
         room(usize::try_from(source.weights).unwrap_or(usize::MAX).saturating_add(GRAPH))?;
         if let Some(folder) = source.folder {
             raw.set_path("session.model_external_initializers_file_folder_path", folder)?;

@@ -72,16 +72,21 @@ impl Trajectory {
             return precision::collect(noise.len(), noise.iter().map(|z| (sigma * f64::from(*z)) as f32));
         };
         same_length("clean state", clean, self.size(0)?.elements()?)?;
-        let mut low = precision::collect(clean.len(), clean.iter().copied())?;
-        for stage in 0..stage {
-            low = down(&low, self.size(stage)?)?;
-        }
+        let low = self.seen_at(stage, precision::collect(clean.len(), clean.iter().copied())?)?;
         let levels = step.components.len() - 1;
         let (clean, noise) = (decompose(&low, size, levels)?, decompose(noise, size, levels)?);
         let mix = |step: &Step, at: usize| step.signal * f64::from(clean[at]) + step.sigma * f64::from(noise[at]);
         let parts = parts(step, size)?;
         let values = parts.iter().flat_map(|(step, part)| part.clone().map(|at| mix(step, at) as f32));
         assemble(precision::collect(clean.len(), values)?, size, levels)
+    }
+
+    /// The coordinates of a state of full size in a stage: what [`down`] leaves of it.
+    ///
+    /// # Errors
+    /// [`crate::Status::InvalidArgument`] for another length; [`crate::Status::OutOfMemory`].
+    pub fn seen_at(&self, stage: usize, full: Vec<f32>) -> Result<Vec<f32>> {
+        (0..stage).try_fold(full, |finer, stage| down(&finer, self.size(stage)?))
     }
 
     /// The state as the model wants it: `input_scale * state`.
