@@ -235,8 +235,9 @@ fn build(folder: &Path) -> PathBuf {
     build.join("studio")
 }
 
-/// Processor time since the machine's start in ticks: all there was, and what was spent on others than these processes.
-fn processor_time(own: &[u32]) -> (u64, u64) {
+/// Processor time in ticks: all that passed since the machine's start, what of it was spent, and what these processes
+/// spent. The kernel counts the last two apart, so that over a short while either may come out ahead.
+fn processor_time(own: &[u32]) -> [u64; 3] {
     let numbers = |line: &str| line.split_whitespace().filter_map(|word| word.parse().ok()).collect::<Vec<u64>>();
     let stat = std::fs::read_to_string("/proc/stat").unwrap();
     let machine = numbers(stat.lines().next().unwrap());
@@ -246,7 +247,7 @@ fn processor_time(own: &[u32]) -> (u64, u64) {
         let after_name = stat.rsplit_once(") ").unwrap().1.split(' ');
         after_name.skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum::<u64>()
     };
-    (all, (all - rested).saturating_sub(own.iter().map(spent).sum()))
+    [all, all - rested, own.iter().map(spent).sum()]
 }
 
 fn a_model_is_opened(studio: &Studio) {
@@ -322,10 +323,11 @@ fn frames_come_in_time(studio: &Studio) {
     let own = [studio.program.id(), studio.screen.id(), std::process::id()];
     for _ in 0..4 {
         std::thread::sleep(Duration::from_millis(700));
-        let (all_before, others_before) = processor_time(&own);
+        let before = processor_time(&own);
         studio.draw(|| ());
-        let (all, others) = processor_time(&own);
-        let share = (others - others_before) as f64 / (all - all_before) as f64;
+        let after = processor_time(&own);
+        let [all, spent, ours] = [0, 1, 2].map(|i| after[i].saturating_sub(before[i]));
+        let share = spent.saturating_sub(ours) as f64 / all.max(1) as f64;
         let [drawing, idle] = ["drawing", "idle"].map(|activity| studio.frames(activity));
         let told = |of: Frames| format!("{} frames of {:.0} ms, the longest {:.0} ms", of.count, of.mean, of.longest);
         let percent = share * 100.0;
