@@ -11,20 +11,24 @@ use std::time::Instant;
 use macula::diffusion::pipeline::{Images, Pipeline};
 use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::{Batch, Goal, GradientOptions, KeyValueGradient, Request, Subject};
-use macula::onnx::grad::Effort;
+use macula::onnx::grad::{Effort, Spending};
 use macula::progress::{CancelToken, Job};
 use macula::runtime::{Runtime, RuntimeOptions};
 use rand_chacha::ChaCha8Rng;
 use rand_core::SeedableRng;
 use support::{Case, Outcome, Peer, THREADS, figure, median, uniform};
 
+/// Bytes of the forward pass that the gradient may keep where the rest is computed again.
+const FEW_ACTIVATIONS: u64 = 256 << 20;
+
 fn main() -> Outcome {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, role, effort] = arguments.as_slice()
+    if let [_, role, effort, activations] = arguments.as_slice()
         && role == "peak"
     {
         let case = Case::full_size(1)?;
-        let (gradient, batch, _) = open(&case, effort_of(effort))?;
+        let effort = if effort == "memory" { Effort::Memory } else { Effort::Speed };
+        let (gradient, batch, _) = open(&case, Spending { effort, activations: activations.parse().ok() })?;
         step(&gradient, &case, &batch)?;
         return support::print_peak();
     }
@@ -33,7 +37,7 @@ fn main() -> Outcome {
     for (effort, name) in [(Effort::Speed, "grad_time_ratio_small"), (Effort::Memory, "grad_time_ratio_small_memory")] {
         let bound = if effort == Effort::Speed { "<= 0.6" } else { "" };
         let note = "the shipped UNet, batch 8, 64 x 64, over PyTorch's forward and backward, medians of 10";
-        figure(name, ratio(&small, effort, &mut peer, 10)?, bound, note);
+        figure(name, ratio(&small, effort.into(), &mut peer, 10)?, bound, note);
     }
     whole_search(&mut peer)?;
     drop(peer);
@@ -41,10 +45,6 @@ fn main() -> Outcome {
         return Ok(());
     }
     large(&Case::full_size(1)?)
-}
-
-fn effort_of(name: &str) -> Effort {
-    if name == "memory" { Effort::Memory } else { Effort::Speed }
 }
 
 fn peer(which: &str, case: &Case) -> Outcome<Peer> {
@@ -55,7 +55,7 @@ fn peer(which: &str, case: &Case) -> Outcome<Peer> {
 }
 
 /// A gradient that is ready to run, its batch, and the seconds that it took to open it.
-fn open(case: &Case, effort: Effort) -> Outcome<(KeyValueGradient, Batch, f64)> {
+fn open(case: &Case, spending: Spending) -> Outcome<(KeyValueGradient, Batch, f64)> {
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let mut values = |count: usize| (0..count).map(|_| uniform(&mut random)).collect::<Vec<f32>>();
     let state = case.batch * case.channels * case.side * case.side;
@@ -74,7 +74,8 @@ fn open(case: &Case, effort: Effort) -> Outcome<(KeyValueGradient, Batch, f64)> 
         rows: (0..case.batch * case.tokens).collect(),
     };
     let runtime = Runtime::load(&RuntimeOptions::default())?;
-    let mut options = GradientOptions { effort, threads: THREADS, ..GradientOptions::default() };
+    let Spending { effort, activations } = spending;
+    let mut options = GradientOptions { effort, activations, threads: THREADS, ..GradientOptions::default() };
     options.session.intra_threads = THREADS;
     let shape = [case.channels, case.side, case.side];
     let start = Instant::now();
@@ -90,8 +91,8 @@ fn step(gradient: &KeyValueGradient, case: &Case, batch: &Batch) -> Outcome<f64>
 }
 
 /// Our time of a loss and its gradient over the peer's.
-fn ratio(case: &Case, effort: Effort, peer: &mut Peer, runs: usize) -> Outcome<f64> {
-    let (gradient, batch, opened) = open(case, effort)?;
+fn ratio(case: &Case, spending: Spending, peer: &mut Peer, runs: usize) -> Outcome<f64> {
+    let (gradient, batch, opened) = open(case, spending)?;
     peer.step()?;
     step(&gradient, case, &batch)?;
     let (mut theirs, mut mine) = (Vec::new(), Vec::new());
@@ -100,7 +101,10 @@ fn ratio(case: &Case, effort: Effort, peer: &mut Peer, runs: usize) -> Outcome<f
         mine.push(step(&gradient, case, &batch)?);
     }
     let (mine, theirs) = (median(mine), median(theirs));
-    eprintln!("{effort:?}: made in {opened:.1} s; a gradient takes {mine:.2} s, the peer's {theirs:.2} s");
+    let kept = gradient.activations() as f64 / 1e6;
+    eprintln!(
+        "{spending:?}: made in {opened:.1} s, keeps {kept:.0} MB; a gradient takes {mine:.2} s, the peer's {theirs:.2} s"
+    );
     Ok(mine / theirs)
 }
 
@@ -147,15 +151,20 @@ fn whole_search(peer: &mut Peer) -> Outcome {
 fn large(case: &Case) -> Outcome {
     let mut peer = peer("sd15", case)?;
     let note = "batch 1, 64 x 64, 77 tokens, over PyTorch's forward and backward, medians of 3";
-    figure("grad_time_ratio_sd15", ratio(case, Effort::Speed, &mut peer, 3)?, "<= 0.75", note);
-    figure("grad_time_ratio_sd15_memory", ratio(case, Effort::Memory, &mut peer, 3)?, "<= 1.0", note);
+    figure("grad_time_ratio_sd15", ratio(case, Effort::Speed.into(), &mut peer, 3)?, "<= 0.75", note);
+    figure("grad_time_ratio_sd15_memory", ratio(case, Effort::Memory.into(), &mut peer, 3)?, "<= 1.0", note);
+    let least = Spending { effort: Effort::Memory, activations: Some(FEW_ACTIVATIONS) };
+    figure("grad_time_ratio_sd15_recompute", ratio(case, least, &mut peer, 3)?, "", note);
     let theirs = peer.peak()?;
     drop(peer);
-    for (effort, name, bound) in
-        [("memory", "grad_rss_ratio_sd15", "<= 1.0"), ("speed", "grad_rss_ratio_sd15_speed", "")]
-    {
-        let mine = support::fresh_process(&["peak", effort])?;
-        eprintln!("{effort}: peak memory {:.2} GB, the peer's {:.2} GB", mine / 1e9, theirs / 1e9);
+    let few = FEW_ACTIVATIONS.to_string();
+    for (effort, activations, name, bound) in [
+        ("memory", "all", "grad_rss_ratio_sd15", "<= 1.0"),
+        ("memory", &few, "grad_rss_ratio_sd15_recompute", ""),
+        ("speed", "all", "grad_rss_ratio_sd15_speed", ""),
+    ] {
+        let mine = support::fresh_process(&["peak", effort, activations])?;
+        eprintln!("{effort}, {activations} kept: {:.2} GB, the peer's {:.2} GB", mine / 1e9, theirs / 1e9);
         figure(name, mine / theirs, bound, "peak resident memory of opening and one gradient, over PyTorch's");
     }
     Ok(())

@@ -2788,12 +2788,18 @@ typedef struct {
    * Zero. Default: `0`.
    */
   int32_t reserved;
+  /**
+   * Most bytes of values of the UNet's forward pass, of the pictures that are run at a time, that the gradient keeps for
+   * its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174): a third slower at worst. It
+   * keeps as little as it can if that is more, with a warning in the log. 0 for no limit. Default: `0`.
+   */
+  uint64_t activation_bytes;
 } macula_discover_options;
 
 /**
  * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
  */
-#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL, 0.1, 0, 0 }
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL, 0.1, 0, 0, 0 }
 
 /**
  * The one that lowers the held-out loss most for its bytes: at present the learnt mask.

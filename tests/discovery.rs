@@ -73,10 +73,10 @@ impl Reference {
     }
 }
 
-fn open(batch: &Batch, lot: usize) -> KeyValueGradient {
+fn open(batch: &Batch, options: GradientOptions) -> KeyValueGradient {
     support::onnxruntime();
     let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
-    let mut options = GradientOptions { lot, ..GradientOptions::default() };
+    let mut options = options;
     options.session.intra_threads = 1;
     KeyValueGradient::open(&runtime, MODEL, batch, SHAPE, &options, &CancelToken::new()).unwrap()
 }
@@ -97,7 +97,7 @@ fn agrees_with_the_reference(scope: &str) {
     let reference = Reference::of(scope);
     let batches = reference.batches();
     let cancel = CancelToken::new();
-    let gradient = open(&batches[0], 0);
+    let gradient = open(&batches[0], GradientOptions::default());
     let ones = vec![1f32; gradient.len()];
     for (name, scales) in [("slope", &ones), ("mixed", &reference.f32s("scales"))] {
         let slope = gradient.slope(&batches[0], SHAPE, scales, &cancel).unwrap();
@@ -108,8 +108,15 @@ fn agrees_with_the_reference(scope: &str) {
         assert!(error <= 1e-4, "{scope} {name}: {error:.1e}");
     }
     // In lots of one state the sums are the same but for rounding.
-    let halves = open(&batches[0], 1).slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
-    assert!(relative(&halves.scales, &reference.f32s("slope")) <= 1e-4);
+    let halves = open(&batches[0], GradientOptions { lot: 1, ..GradientOptions::default() });
+    let slope = halves.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
+    assert!(relative(&slope.scales, &reference.f32s("slope")) <= 1e-4);
+    // So they are when half of the forward pass is computed again.
+    let activations = Some(gradient.activations() / 2);
+    let again = open(&batches[0], GradientOptions { activations, ..GradientOptions::default() });
+    assert!(again.activations() <= gradient.activations() / 2, "{} bytes are kept", again.activations());
+    let slope = again.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
+    assert!(relative(&slope.scales, &reference.f32s("slope")) <= 1e-4);
 
     let count = gradient.len();
     let mut loss = |scales: &[f32], number: usize| gradient.slope(&batches[number], SHAPE, scales, &cancel);
@@ -376,7 +383,7 @@ fn requests_that_make_no_sense_are_refused() {
 #[test]
 fn a_gradient_that_is_not_finite_is_named_by_its_layer() {
     let mut batch = Reference::of("local").batch(0);
-    let gradient = open(&batch, 0);
+    let gradient = open(&batch, GradientOptions::default());
     batch.targets[0] = f32::INFINITY;
     let ones = vec![1f32; gradient.len()];
     let error = gradient.slope(&batch, SHAPE, &ones, &CancelToken::new()).err().unwrap();
@@ -418,7 +425,7 @@ fn a_search_is_cancelled_at_a_hundred_moments() {
         tune: None,
         checkpoint: None,
     };
-    let gradient = open(&discovery.example(&options).unwrap(), 0);
+    let gradient = open(&discovery.example(&options).unwrap(), GradientOptions::default());
     let mut run = |job: &mut Job<'_>| discovery.run(pipeline.unet_mut(), &gradient, &options, job);
     let began = std::time::Instant::now();
     let whole = run(&mut Job::default()).unwrap();

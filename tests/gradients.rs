@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use macula::Status;
 use macula::onnx::build::{self, Dim, node};
-use macula::onnx::grad::{self, Effort, Facts, Gradient, Observation, Questions};
+use macula::onnx::grad::{self, Effort, Facts, Gradient, Observation, Questions, Spending};
 use macula::onnx::inline::inlined;
 use macula::onnx::proto::{
     AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, ValueInfoProto,
@@ -526,6 +526,67 @@ fn attention_computed_again_in_blocks_has_the_same_gradient() {
         let largest = speed.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         let error = speed.iter().zip(memory).fold(0f32, |error, (a, b)| error.max((a - b).abs()));
         assert!(error <= TOLERANCE as f32 * largest, "{error:e} of {largest:e}");
+    }
+}
+
+/// `h = tanh(h w)`, twelve times, from `x` to `y`, both `[1, 8, 8]`.
+fn links() -> Model {
+    const LINKS: usize = 12;
+    let name = |at: usize| if at == LINKS { "y".to_owned() } else { format!("h{at}") };
+    let links = (0..LINKS).flat_map(|at| {
+        let (from, product, to) = (if at == 0 { "x".to_owned() } else { name(at) }, format!("p{at}"), name(at + 1));
+        [node("MatMul", [from.as_str(), "w"], [product.as_str()]), node("Tanh", [product.as_str()], [to.as_str()])]
+    });
+    let weight = |at: usize| 0.1 * (at as f32 * 0.37).sin() + if at.is_multiple_of(9) { 0.9 } else { 0.0 };
+    let weights: Vec<u8> = (0..64).flat_map(|at| weight(at).to_le_bytes()).collect();
+    let dims = [1, 8, 8].map(Dim::Fixed);
+    let graph = GraphProto {
+        name: Some("chain".into()),
+        node: links.collect(),
+        initializer: vec![build::tensor("w", DataType::Float, &[8, 8], weights)],
+        input: vec![build::value("x", DataType::Float, Some(&dims))],
+        output: vec![build::value("y", DataType::Float, Some(&dims))],
+        ..GraphProto::default()
+    };
+    Model::new(graph, &[("", 17)], &Limits::default()).unwrap()
+}
+
+/// First and second derivatives are what they are when everything is kept, and the budget is kept.
+#[test]
+fn what_is_computed_again_has_the_same_derivatives() {
+    let (model, bench) = (links(), Bench { runtime: runtime() });
+    let wave_of = |pace: f32| wave(&[1, 8, 8], pace);
+    let inputs = vec![("x".to_owned(), wave_of(0.7))];
+    let facts = bench.facts(&model, &["x"], "y", std::slice::from_ref(&inputs)).unwrap();
+    let derivatives = |activations: Option<u64>| {
+        let spending = Spending { effort: Effort::Speed, activations };
+        let first = grad::vjp(&model, &facts, &["x"], "y", spending).unwrap();
+        let repeated = first.model.graph().node.iter().filter(|node| node.is("Tanh")).count() - 12;
+        let mut given = inputs.clone();
+        given.push((first.cotangent.clone(), wave_of(1.3)));
+        let gradient = bench.run(&first.model, &first.gradients, &given).unwrap().swap_remove(0);
+        let facts = bench.facts(&first.model, &["x"], &first.gradients[0], std::slice::from_ref(&given)).unwrap();
+        let second = grad::vjp(&first.model, &facts, &["x"], &first.gradients[0], spending).unwrap();
+        given.push((second.cotangent.clone(), wave_of(1.1)));
+        let product = bench.run(&second.model, &second.gradients, &given).unwrap().swap_remove(0);
+        let pushed = grad::jvp(&first, &facts, spending).map(|pushed| pushed.gradients.len());
+        assert_eq!(pushed.is_ok(), activations.is_none(), "{pushed:?}");
+        (first.activations, repeated, numbers(&gradient), numbers(&product))
+    };
+    let (whole, repeated, gradient, product) = derivatives(None);
+    // A rule reads every result of Tanh, 64 numbers each.
+    assert_eq!((whole, repeated), (12 * 64 * 4, 0));
+    for links in [9, 7, 6, 1] {
+        let budget = links * 64 * 4;
+        let (kept, repeated, again, product_again) = derivatives(Some(budget));
+        assert_eq!(again, gradient, "{links} of 12");
+        // Here sums are added up in another order.
+        let largest = product.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+        let error = product.iter().zip(&product_again).fold(0f64, |error, (a, b)| error.max((a - b).abs()));
+        assert!(error <= 1e-6 * largest, "{links} of 12: {error:e} of {largest:e}");
+        // Six is the least: every second border, and what lies between two.
+        assert!(kept <= budget.max(6 * 64 * 4), "{kept} bytes for {links} of 12");
+        assert!(repeated > 0, "{links} of 12");
     }
 }
 

@@ -5,7 +5,7 @@ mod unets;
 use std::path::Path;
 
 use macula::onnx::attention::{self, TEXT_INPUT};
-use macula::onnx::grad::{self, Effort, Facts};
+use macula::onnx::grad::{self, Effort, Facts, Spending};
 use macula::onnx::{DataType, Limits, Model, graph};
 use macula::progress::CancelToken;
 use macula::runtime::{Runtime, RuntimeOptions, SessionOptions, Tensor, observe};
@@ -58,7 +58,9 @@ fn weight_gradient(cotangent: &[f32], text: &[f32], out_features: usize, in_feat
     sum.into_iter().map(|sum| sum as f32).collect()
 }
 
-fn agrees_with_torch(folder: &Path, effort: Effort, bound: f32) {
+/// Compares all gradients of an export; answers how many bytes of the forward pass they keep.
+fn agrees_with_torch(folder: &Path, spending: impl Into<Spending>, bound: f32) -> u64 {
+    let spending = spending.into();
     let at = folder.display();
     let mut model = Model::open(folder.join("model.onnx"), &Limits::default()).unwrap();
     let found = attention::find(&model, TEXT_INPUT).unwrap();
@@ -128,7 +130,8 @@ fn agrees_with_torch(folder: &Path, effort: Effort, bound: f32) {
     let questions = grad::questions(&model, &wrt, &loss.loss).unwrap();
     let seen = observe(&runtime, &model, &questions, &borrowed, &options, &cancel).unwrap();
     let facts = Facts::new(&[seen]).unwrap();
-    let gradient = grad::vjp(&model, &facts, &wrt, &loss.loss, effort).unwrap_or_else(|error| panic!("{at}: {error}"));
+    let gradient =
+        grad::vjp(&model, &facts, &wrt, &loss.loss, spending).unwrap_or_else(|error| panic!("{at}: {error}"));
     inputs.push((gradient.cotangent.clone(), Tensor::from_vec(&[], vec![1f32]).unwrap()));
     let borrowed: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut outputs: Vec<&str> = gradient.gradients.iter().map(String::as_str).collect();
@@ -145,7 +148,8 @@ fn agrees_with_torch(folder: &Path, effort: Effort, bound: f32) {
         assert!(error <= bound, "{at}: the gradient of {} is {error:.1e} from torch", projection.path);
         worst = worst.max(error);
     }
-    println!("{at}: {effort:?}: {worst:.1e}");
+    println!("{at}: {spending:?}: {worst:.1e}");
+    gradient.activations
 }
 
 fn all_agree(keys: &[&str], bound: f32) {
@@ -175,6 +179,20 @@ fn stable_diffusion_xl() {
 fn without_a_second_copy_of_weights() {
     for folder in unets::folders(&["sd1-torchscript17"]) {
         agrees_with_torch(&folder, Effort::Memory, 1e-4);
+    }
+}
+
+#[test]
+fn with_a_part_of_the_forward_pass_computed_again() {
+    for folder in unets::folders(&["sd1-torchscript17", "sdxl-shallow-dynamo20"]) {
+        for effort in [Effort::Speed, Effort::Memory] {
+            let whole = agrees_with_torch(&folder, effort, 1e-4);
+            let budget = whole * 2 / 3;
+            let kept = agrees_with_torch(&folder, Spending { effort, activations: Some(budget) }, 1e-4);
+            assert!(kept <= budget, "{} keeps {kept} of {whole} bytes", folder.display());
+            let least = agrees_with_torch(&folder, Spending { effort, activations: Some(0) }, 1e-4);
+            assert!(least < kept, "{} keeps {least} bytes at least", folder.display());
+        }
     }
 }
 

@@ -171,6 +171,10 @@ pub struct macula_discover_options {
     pub embedding_steps: u32,
     /// Zero. Default: `0`.
     pub reserved: i32,
+    /// Most bytes of values of the UNet's forward pass, of the pictures that are run at a time, that the gradient keeps for
+    /// its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174): a third slower at worst. It
+    /// keeps as little as it can if that is more, with a warning in the log. 0 for no limit. Default: `0`.
+    pub activation_bytes: u64,
 }
 
 impl Default for macula_discover_options {
@@ -218,6 +222,7 @@ impl Default for macula_discover_options {
             embedding_rate: 0.1,
             embedding_steps: 0,
             reserved: 0,
+            activation_bytes: 0,
         }
     }
 }
@@ -391,6 +396,7 @@ impl Inputs {
         request.lot = options.lot as usize;
         request.drawn_pictures = options.drawn_pictures as usize;
         request.seed = options.seed;
+        request.activations = (options.activation_bytes != 0).then_some(options.activation_bytes);
         request.effort = match options.save_memory {
             0 => Effort::Speed,
             1 => Effort::Memory,

@@ -21,7 +21,7 @@ use crate::error::{Error, Result, Status};
 use crate::memory::{GRAPH, PANELS, collected, copied, room, threads, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role};
 use crate::onnx::build::{self, Dim};
-use crate::onnx::grad::{self, Effort, Facts};
+use crate::onnx::grad::{self, Effort, Facts, Spending};
 use crate::onnx::graph::element_type;
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
@@ -59,6 +59,8 @@ pub struct GradientOptions {
     pub limits: Limits,
     /// Speed or memory.
     pub effort: Effort,
+    /// Most bytes of the forward pass's values that are kept for the backward pass, see [`Spending::activations`].
+    pub activations: Option<u64>,
     /// Which weights have a scale.
     pub searched: Searched,
     /// States of one run; a larger batch is run in several. 0 for as many as the batch has.
@@ -99,6 +101,7 @@ pub struct KeyValueGradient {
     /// Of every projection, and of the pooled encodings where the UNet takes them; if texts were asked for.
     of_texts: Option<(Vec<String>, Option<String>)>,
     lot: usize,
+    activations: u64,
 }
 
 /// From texts to keys and values, and from their gradients to the scales'.
@@ -130,7 +133,7 @@ pub(super) struct Asked<'a> {
     pub loss: &'a str,
     /// Outputs beside the gradients.
     pub kept: &'a [&'a str],
-    pub effort: Effort,
+    pub spending: Spending,
 }
 
 /// A graph with its gradient, for inputs of just these shapes: with known sizes ONNX Runtime folds what computes with them.
@@ -145,7 +148,7 @@ pub(super) fn differentiate(
     let questions = grad::questions(model, asked.wrt, asked.loss)?;
     let seen = observe(runtime, model, &questions, given, options, cancel)?;
     room(GRAPH)?;
-    let mut gradient = grad::vjp(model, &Facts::new(&[seen])?, asked.wrt, asked.loss, asked.effort)?;
+    let mut gradient = grad::vjp(model, &Facts::new(&[seen])?, asked.wrt, asked.loss, asked.spending)?;
     let gradients = &gradient.gradients;
     gradient.model.edit(|edit| {
         let kept = |name: &str| gradients.iter().any(|one| one == name) || asked.kept.contains(&name);
@@ -227,9 +230,13 @@ impl KeyValueGradient {
             wrt.extend(all.iter().filter(|name| !of_searched.contains(name)));
             wrt.extend(pooled);
         }
-        let asked =
-            Asked { wrt: &wrt, loss: &names.loss.loss, kept: &[&names.loss.of_samples], effort: options.effort };
+        let spending = Spending { effort: options.effort, activations: options.activations };
+        let asked = Asked { wrt: &wrt, loss: &names.loss.loss, kept: &[&names.loss.of_samples], spending };
         let mut gradient = differentiate(runtime, &model, &given, &asked, &session_options, cancel)?;
+        if let Some(wanted) = options.activations.filter(|&wanted| wanted < gradient.activations) {
+            let kept = gradient.activations;
+            log::warn!(target: "macula::discovery", "the gradient keeps {kept} bytes of the forward pass at least, {wanted} were to be the most");
+        }
         if session_options.provider == Provider::Cpu {
             // What no gradient passes, and what the gradient computes again.
             attention::fuse(&mut gradient.model)?;
@@ -250,7 +257,8 @@ impl KeyValueGradient {
         let session = runtime.session(&gradient.model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();
         let inputs = inputs_of(&gradient.model)?.into_iter().filter(taken).collect();
-        Ok(Self { session, texts, inputs, names, gradients, of_texts, lot })
+        let activations = gradient.activations;
+        Ok(Self { session, texts, inputs, names, gradients, of_texts, lot, activations })
     }
 
     /// The base's projections.
@@ -281,6 +289,11 @@ impl KeyValueGradient {
     /// States of one run.
     pub fn lot(&self) -> usize {
         self.lot
+    }
+
+    /// Most bytes of the forward pass's values of a lot that the backward pass finds at a time.
+    pub fn activations(&self) -> u64 {
+        self.activations
     }
 
     /// The session of the gradient.

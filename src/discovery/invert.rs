@@ -360,7 +360,7 @@ impl EncoderGradient {
         given.extend(product.cotangents.iter().map(String::as_str).zip(&zeros));
         let wrt = [table.rows.as_str()];
         let options = SessionOptions { memory_pattern: false, ..session.clone() };
-        let asked = Asked { wrt: &wrt, loss: &product.product, kept: values, effort };
+        let asked = Asked { wrt: &wrt, loss: &product.product, kept: values, spending: effort.into() };
         let gradient = differentiate(runtime, &model, &given, &asked, &options, cancel)?;
         let session = runtime.session(&gradient.model, &options)?;
         let size = |shape: &Vec<usize>| shape.last().copied().unwrap_or_default();

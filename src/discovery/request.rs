@@ -114,6 +114,8 @@ pub struct Request<'a> {
     pub seed: u64,
     /// Speed or memory.
     pub effort: Effort,
+    /// Most bytes of the forward pass's values that the gradient keeps, see [`GradientOptions::activations`].
+    pub activations: Option<u64>,
     /// The class for a UNet that takes one.
     pub class_label: i64,
     /// To implant, from pictures that the pipeline encodes: the embedding of the trigger is learnt before the search, and the
@@ -145,6 +147,7 @@ impl<'a> Request<'a> {
             lot: 0,
             seed: 0,
             effort: Effort::default(),
+            activations: None,
             class_label: 0,
             invert: None,
             tune: None,
@@ -250,6 +253,7 @@ impl<'a> Request<'a> {
             session: source.options.session.clone(),
             limits: source.options.limits.clone(),
             effort: self.effort,
+            activations: self.activations,
             searched: self.searched,
             lot: self.lot,
             threads: source.options.threads,

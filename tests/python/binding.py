@@ -296,6 +296,9 @@ class Discovering(WithPipeline):
         self.assertRegex(bar.getvalue(), r"search: .*13/13.*loss=\d")
         self.assertEqual(self.neurons(found), self.neurons(again))
         self.assertEqual((found.trigger, found.class_noun), ("<s1>", "cat"))
+        # What is computed again changes nothing.
+        again = self.pipeline.discover(*self.subject, activation_bytes=1, **self.SEARCH)
+        self.assertEqual(self.neurons(found), self.neurons(again))
 
     def test_prompts_are_looked_at(self):
         plain = self.pipeline.discover(*self.subject, **self.SEARCH)

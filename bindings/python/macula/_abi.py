@@ -553,6 +553,7 @@ class macula_discover_options(Struct):
         ("embedding_rate", c_double),
         ("embedding_steps", c_uint32),
         ("reserved", c_int32),
+        ("activation_bytes", c_uint64),
     ]
     _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3, "embedding_rate": 0.1}
 

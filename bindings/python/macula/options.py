@@ -85,6 +85,7 @@ class DiscoverOptions(TypedDict, total=False):
     method: _abi.Method | str
     searched: _abi.Searched | str
     save_memory: bool
+    activation_bytes: int
     class_label: int
     checkpoint: StrPath
     preserve_weight: float

@@ -43,9 +43,10 @@ impl Graph {
     }
 
     /// What was added. The graph can't be used any more.
-    pub(super) fn take(&self) -> (Vec<NodeProto>, Vec<TensorProto>) {
+    pub(super) fn take(&self) -> (Vec<NodeProto>, Vec<TensorProto>, Names) {
         let mut emitter = self.0.borrow_mut();
-        (std::mem::take(&mut emitter.nodes), std::mem::take(&mut emitter.initializers))
+        let Emitter { nodes, initializers, names, .. } = &mut *emitter;
+        (std::mem::take(nodes), std::mem::take(initializers), std::mem::take(names))
     }
 
     pub(super) fn enter(&self, scope: &str) {
@@ -60,6 +61,24 @@ impl Graph {
     /// A name that no value has.
     pub(super) fn fresh(&self, wish: &str) -> String {
         self.0.borrow_mut().names.fresh(wish)
+    }
+
+    /// How many nodes were added.
+    pub(super) fn len(&self) -> usize {
+        self.0.borrow().nodes.len()
+    }
+
+    /// Appends a node like another that takes `inputs`; returns the names of what it makes.
+    pub(super) fn repeat(&self, like: &NodeProto, inputs: Vec<String>) -> Vec<String> {
+        let mut emitter = self.0.borrow_mut();
+        let fresh = |value: &String, names: &mut Names| match value.is_empty() {
+            true => String::new(),
+            false => names.fresh(&format!("{value}/again")),
+        };
+        let output: Vec<String> = like.output.iter().map(|value| fresh(value, &mut emitter.names)).collect();
+        let name = emitter.names.fresh(&format!("{}/again", like.name()));
+        emitter.nodes.push(NodeProto { input: inputs, output: output.clone(), ..like.clone() }.named(name));
+        output
     }
 
     /// A value of the graph.

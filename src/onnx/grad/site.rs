@@ -25,6 +25,8 @@ pub(super) struct Sweep<'g> {
     pub(super) wrt: &'g [&'g str],
     pub(super) graph: Graph,
     pub(super) cotangents: RefCell<HashMap<String, Expr>>,
+    /// What stands for values of the forward pass that are computed again, in the segment that the sweep is in.
+    pub(super) copies: RefCell<HashMap<String, Expr>>,
     /// Cotangents of parts of values, until those of the other parts are there.
     pub(super) parts: RefCell<HashMap<String, Vec<Part>>>,
 }
@@ -77,7 +79,8 @@ impl Sweep<'_> {
     /// A value in the precision that gradients have: f64 for f64, f32 for everything else of floating point.
     pub(super) fn value(&self, name: &str) -> Expr {
         let data_type = self.path.data_type(name).unwrap_or(DataType::Float);
-        let value = self.graph.value(name, data_type);
+        let copy = self.copies.borrow().get(name).cloned();
+        let value = copy.unwrap_or_else(|| self.graph.value(name, data_type));
         match data_type {
             DataType::Float16 | DataType::Bfloat16 => value.cast(DataType::Float),
             _ => value,
