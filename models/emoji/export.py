@@ -242,26 +242,13 @@ def verify(model, folder):
     return worst
 
 
-@torch.no_grad()
-def blend(model, folder, share):
-    """Moves `model` towards the weights that lie in a folder, which it was trained on from: the mean of both often is better
-    than either (Wortsman et al. 2022, arXiv 2203.05482)."""
-    before = train.Model()
-    assert load_shipped_weights(before, folder), f"there are no weights in {folder}"
-    for parameter, old in zip(model.parameters(), before.parameters()):
-        parameter.copy_(old.lerp(parameter, share))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=data.DEFAULT_WORK, help="folder of the checkpoint")
     parser.add_argument("--out", type=Path, default=FOLDER, help="ONNX folder to write")
-    parser.add_argument("--blend", type=float, default=1.0, help="share of the checkpoint; the rest are the weights that lie in the folder")
     options = parser.parse_args()
     saved = torch.load(options.work / "checkpoint.pt", map_location="cpu", weights_only=True)
     model = train.averaged_model(saved)
-    if options.blend < 1:
-        blend(model, options.out, options.blend)
     export(model, saved["state"], options.out)
     print("largest differences from PyTorch:", verify(model, options.out))
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
