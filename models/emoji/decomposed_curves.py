@@ -1,4 +1,5 @@
-"""Schedules along curves over turning points and attenuation, chosen by hand and by the automatic rule, and their plot.
+"""Schedules along curves over turning points and attenuation, chosen by hand and by the automatic rule, and the plot of
+these and of the numbers of steps.
 
 The trained model was trained for one schedule; along its curves it is asked for others, which shows how far it carries. The
 ordinary models, which are the same UNet told that it draws plain pictures of 64 or of 32 pixels, were trained for none, so
@@ -94,12 +95,11 @@ def points(pipeline, pictures):
     return found, spreads
 
 
-def plot(rows, plain):
-    """One picture of the points that were measured; `plain` is the row of the plain process on the same prompts."""
+def plot(rows, plain, over_steps):
+    """One picture of the points that were measured; `plain` is the row of the plain process on the same prompts,
+    `over_steps` are rows of both processes at several numbers of steps."""
     measures = {
-        "kernel distance to training's scenes": lambda row: [
-            row["kernel_distance"]["to_training_scenes"][k] for k in ("value", "low", "high")
-        ],
+        "kernel distance to training's scenes": lambda row: [row["kernel_distance"][k] for k in ("value", "low", "high")],
         "every object found, %": lambda row: [100 * row["every_object_found"][k] for k in ("share", "low", "high")],
     }
     panels = []
@@ -111,5 +111,9 @@ def plot(rows, plain):
             over_cost = row["over"] == "turning points"
             panel, x = (cost, row["predicted_cost"]) if over_cost else (fade, row["attenuation"]["r"])
             panel.curves.setdefault(f"{row['models']}, {row['chosen']}", []).append((x, *of(row)))
-        panels += [cost, fade]
-    return grid(panels, 2)
+        time = Panel(title, "ms a picture, at several numbers of steps")
+        for row in over_steps:
+            point = 1000 * row["seconds"] / row["pictures"], *of(row)
+            time.curves.setdefault(row["process"], []).append(point)
+        panels += [time, cost, fade]
+    return grid(panels, 3)

@@ -1,17 +1,19 @@
 """What the decomposed process costs and how well it draws, beside the plain one, both drawn by the library.
 
 Needs the package `macula` (`bindings/python` with its native library). Draws prompts with combinations that were not
-trained: the plain process, the decomposed one at as many steps, and the plain one at as many steps as take at least the
-time of the decomposed. The processes take turns, prompt by prompt, so that other load falls on all of them. Writes
-OUT/decomposed.json and OUT/decomposed-curves.png:
+trained: at each of some numbers of steps the plain process, the decomposed one, and the plain one at as many steps as take
+at least the time of the decomposed. The processes take turns, prompt by prompt, so that other load falls on all of them.
+Writes OUT/decomposed.json and OUT/decomposed-curves.png:
 
 - time ratios, and the share of the saving that the cost model predicts;
-- the kernel distance of the first judge's features to rendered scenes of the same prompts and, with --full, the Frechet
-  distance. Both are between distributions, so drawing is without guidance, which trades variety for clarity. There are two
-  references, since how tidy the scenes are moves the distance more than any schedule does: scenes as the model was trained
-  on, most of them tidy, and scenes whose objects lie anywhere;
+- the kernel distance of the first judge's features to scenes of the same prompts as the model was trained on them and, with
+  --full, the Frechet distance. Both are between distributions, so drawing is without guidance, which trades variety for
+  clarity. The scenes themselves are rated too: that is what a perfect model would get;
 - how often the second judge finds every object;
-- the same for smaller samples along curves over turning points and attenuation (`decomposed_curves.py`).
+- the same for smaller samples along curves over steps, turning points and attenuation (`decomposed_curves.py`).
+
+More steps need not draw better: what few steps blur together, the network's own errors in many steps put at odds, such as
+objects out of their places. Compare processes where the plain one still gains by a step.
 """
 
 import argparse
@@ -34,7 +36,8 @@ from distances import KernelDistance, features, frechet_distance, interval
 
 BATCH = 2  # pictures of a prompt
 RENDERINGS = 4  # of a prompt in a reference
-REFERENCES = {"to_training_scenes": 0.75, "to_free_scenes": 0.0}  # the share of tidy scenes; training's last is 0.75
+TIDY = 0.75  # share of the reference's scenes, as at the end of training
+STEPS_OF_CURVES = (3, 4, 5, 6, 8, 10)
 
 
 @dataclass
@@ -100,12 +103,12 @@ def speed(pipeline, schedule, steps, batch, options):
 
 
 class Judges:
-    """What the judges say of drawings, beside rendered scenes: `references` are pictures, `RENDERINGS` of a scene."""
+    """What the judges say of drawings, beside rendered scenes: `reference` are pictures, `RENDERINGS` of a scene."""
 
-    def __init__(self, folder, scenes, references):
+    def __init__(self, folder, scenes, reference):
         self.folder = folder
-        self.references = {name: features(pictures, folder) for name, pictures in references.items()}
-        self.distances = {name: KernelDistance(seen, RENDERINGS) for name, seen in self.references.items()}
+        self.reference = features(reference, folder)
+        self.distance = KernelDistance(self.reference, RENDERINGS)
         self.wanted = [[probe.LABELS.index(noun) for noun in scene.nouns] for scene in scenes for _ in range(BATCH)]
 
     def see(self, pictures):
@@ -121,7 +124,7 @@ class Judges:
         prompts = len(seen) // BATCH
         return {
             "pictures": len(seen),
-            "kernel_distance": {name: interval(of.of(seen, BATCH), prompts) for name, of in self.distances.items()},
+            "kernel_distance": interval(self.distance.of(seen, BATCH), prompts),
             "every_object_found": evaluate.wilson(int(right.sum()), len(right)),
         }
 
@@ -129,50 +132,62 @@ class Judges:
         """The first process against the second, on the same prompts and seeds."""
         (seen, right), (other, other_right) = self.see(ours.pictures), self.see(theirs.pictures)
         prompts = len(seen) // BATCH
-
-        def ratio(distance):
-            own, others = distance.of(seen, BATCH), distance.of(other, BATCH)
-            return interval(lambda chosen: own(chosen) / others(chosen), prompts)
-
+        own, others = self.distance.of(seen, BATCH), self.distance.of(other, BATCH)
         won = 100 * (right.astype(int) - other_right).reshape(prompts, BATCH).mean(1)
         return {
+            "steps": ours.steps,
             "against": f"{theirs.name}, {theirs.steps} steps",
             "time_ratio": ours.seconds / theirs.seconds,
-            "kernel_distance_ratio": {name: ratio(distance) for name, distance in self.distances.items()},
+            "kernel_distance_ratio": interval(lambda chosen: own(chosen) / others(chosen), prompts),
             "every_object_found_points": interval(lambda chosen: won[chosen].mean(), prompts),
         }
 
 
 def compare_processes(pipeline, judges, scenes, options):
-    """The comparison of quality, and the plain process."""
+    """The comparison of quality, and the plain processes that were drawn for it, by steps."""
     schedule = pipeline.schedule
-    timed = speed(pipeline, schedule, options.steps, BATCH, options)
-    fewer = int(np.ceil(options.steps * timed["time_ratio"]))
-    plain, decomposed = Process("plain", options.steps), Process("decomposed", options.steps, schedule)
-    processes = [plain, decomposed, Process("plain", fewer)]
+    speeds = [speed(pipeline, schedule, steps, BATCH, options) for steps in options.steps]
+    fewer = [int(np.ceil(timed["steps"] * timed["time_ratio"])) for timed in speeds]
+    plain = {steps: Process("plain", steps) for steps in sorted({*options.steps, *fewer})}
+    decomposed = {steps: Process("decomposed", steps, schedule) for steps in options.steps}
+    processes = [*plain.values(), *decomposed.values()]
     draw_in_turn(pipeline, processes, scenes, options)
     runs = []
     for process in processes:
         row = {"process": process.name, "steps": process.steps, "seconds": process.seconds}
         row |= judges.rate(process.pictures)
         if options.full:
-            seen = judges.see(process.pictures)[0]
-            row["frechet_distance"] = {name: frechet_distance(seen, of) for name, of in judges.references.items()}
+            row["frechet_distance"] = frechet_distance(judges.see(process.pictures)[0], judges.reference)
         runs.append(row)
-    against = [judges.compare(decomposed, other) for other in (plain, processes[2])]
-    return {"speed": timed, "runs": runs, "decomposed": against}, plain
+    pairs = [(decomposed[own], plain[other]) for own, less in zip(options.steps, fewer) for other in (own, less)]
+    return {"speed": speeds, "runs": runs, "decomposed": [judges.compare(*pair) for pair in pairs]}, plain
 
 
-def measure_curves(pipeline, judges, scenes, rendering, options):
-    """A row for every point of the curves."""
+def draw_point(pipeline, judges, scenes, process, options):
+    """Draws the scenes by a process: its cost and what the judges say."""
+    for i, scene in enumerate(scenes):
+        process.draw(pipeline, data.caption(scene), options, first=BATCH * i)
+    return {"predicted_cost": process.predicted_cost(), "seconds": process.seconds} | judges.rate(process.pictures)
+
+
+def measure_steps(pipeline, judges, scenes, options):
+    """A row for every number of steps of either process."""
+    rows = []
+    for steps in STEPS_OF_CURVES:
+        for process in (Process("plain", steps), Process("decomposed", steps, pipeline.schedule)):
+            row = {"process": process.name, "steps": steps}
+            rows.append(row | draw_point(pipeline, judges, scenes, process, options))
+            print(f"{process.name}, {steps} steps: {process.seconds:.0f} s", flush=True)
+    return rows
+
+
+def measure_curves(pipeline, judges, scenes, rendering, steps, options):
+    """A row for every point of the curves over turning points and attenuation."""
     found, spreads = curves.points(pipeline, list(rendering))
     rows = []
     for point in found:
-        process = Process("decomposed", options.steps, point.schedule)
-        for i, scene in enumerate(scenes):
-            process.draw(pipeline, data.caption(scene), options, first=BATCH * i)
-        cost = {"predicted_cost": process.predicted_cost(), "seconds": process.seconds}
-        rows.append(point.described(spreads) | cost | judges.rate(process.pictures))
+        process = Process("decomposed", steps, point.schedule)
+        rows.append(point.described(spreads) | draw_point(pipeline, judges, scenes, process, options))
         print(f"{point.models}, {point.chosen}: {point.schedule.turning_points}, {process.seconds:.0f} s", flush=True)
     return rows
 
@@ -184,13 +199,13 @@ def some_scenes(seed, count):
     return scenes[:count]
 
 
-def rendered(scenes, tidy, seed):
-    """`RENDERINGS` pictures of each scene by the renderer, the share `tidy` of them tidy: [N, 64, 64, 3] uint8."""
+def rendered(scenes, each, seed):
+    """`each` pictures of every scene by the renderer: [N, 64, 64, 3] uint8."""
     rng, art, pictures = random.Random(seed), data.Art(), []
     for scene in scenes:
         keys = [("google", words.OBJECTS[noun][0]) for noun in scene.nouns]
-        for _ in range(RENDERINGS):
-            variant = data.Scene(keys, scene.nouns, scene.colour, tidy=rng.random() < tidy)
+        for _ in range(each):
+            variant = data.Scene(keys, scene.nouns, scene.colour, tidy=rng.random() < TIDY)
             pictures.append(data.render(variant, art, rng))
     return np.stack(pictures)
 
@@ -200,7 +215,7 @@ def main():
     parser.add_argument("--model", type=Path, default=export.FOLDER, help="ONNX folder")
     parser.add_argument("--judges", type=Path, default=probe.FOLDER)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
-    parser.add_argument("--steps", type=int, default=10, help="of both processes in the comparison of quality")
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 10], help="of both processes in the comparisons of quality; the last for the curves")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=1000)
@@ -213,25 +228,29 @@ def main():
     wanted = 5000 if options.full else options.pictures
     speeds = [speed(pipeline, pipeline.schedule, 25, batch, options) for batch in (1, 4)]
     scenes = some_scenes(options.seed, wanted // BATCH)
-    references = {name: rendered(scenes, tidy, options.seed) for name, tidy in REFERENCES.items()}
-    judges = Judges(options.judges, scenes, references)
+    reference = rendered(scenes, RENDERINGS, options.seed)
+    judges = Judges(options.judges, scenes, reference)
+    themselves = judges.rate(list(rendered(scenes, BATCH, options.seed + 1)))
     compared, plain = compare_processes(pipeline, judges, scenes, options)
-    few = scenes[: options.curve_pictures // BATCH]
-    rows = measure_curves(pipeline, judges, few, references["to_training_scenes"], options)
-    beside = judges.rate(plain.pictures[: BATCH * len(few)])
+    few, steps = scenes[: options.curve_pictures // BATCH], options.steps[-1]
+    over_steps = measure_steps(pipeline, judges, few, options)
+    rows = measure_curves(pipeline, judges, few, reference, steps, options)
+    beside = judges.rate(plain[steps].pictures[: BATCH * len(few)])
     report = {
         "guidance": options.guidance,
         "decomposed_time_ratio": speeds[0]["time_ratio"],
         "share_of_predicted_saving": speeds[0]["share_of_predicted_saving"],
-        "speeds": [*speeds, compared.pop("speed")],
+        "speeds": [*speeds, *compared.pop("speed")],
+        "scenes_themselves": themselves,
         **compared,
-        "curves": {"steps": options.steps, "plain": beside, "points": rows},
+        "over_steps": over_steps,
+        "curves": {"steps": steps, "plain": beside, "points": rows},
         "seconds": time.perf_counter() - began,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "decomposed.json").write_text(json.dumps(report, indent=2) + "\n")
-    curves.plot(rows, beside).save(options.out / "decomposed-curves.png")
-    print(json.dumps({key: value for key, value in report.items() if key != "curves"}, indent=2))
+    curves.plot(rows, beside, over_steps).save(options.out / "decomposed-curves.png")
+    print(json.dumps({key: value for key, value in report.items() if key not in ("curves", "over_steps")}, indent=2))
 
 
 if __name__ == "__main__":
