@@ -10,7 +10,7 @@ use crate::place::{cargo, out, root, step, target};
 use crate::python;
 
 /// The subjects that are found: folder of pictures, trigger, class noun.
-const SUBJECTS: [(&str, &str, &str); 2] = [("green-apple", "<s1>", "apple"), ("octopus", "<s2>", "animal")];
+const SUBJECTS: [(&str, &str, &str); 2] = [("green-apple", "<s1>", "apple"), ("cherries", "<s2>", "fruit")];
 
 /// The word that is erased, and what is to be drawn in its place.
 const ERASED: (&str, &str) = ("tiger", "an animal");
@@ -33,6 +33,8 @@ pub fn run() -> Result<()> {
         find.env("MACULA_ONNXRUNTIME", &runtime).arg(&model).arg(pictures).args([trigger, noun]).arg(&concept);
         // At half the size the search is four times faster, and what it finds holds at the full one.
         find.args(["--side", "32", "--class", "4"]);
+        // Shutting gives a subject's colours; its word, learnt before, and values, learnt after, give more of its form.
+        find.args(["--embed", "100", "--tune", "150"]);
         step(&format!("find the neurons of {trigger} {noun}, the {name}"), find)?;
         concepts.push(concept);
     }
@@ -49,6 +51,8 @@ pub fn run() -> Result<()> {
     let picture = out()?.join("demo.png");
     let draw = &mut Command::new(compose);
     draw.env("MACULA_ONNXRUNTIME", &runtime).arg(&model).args(concepts).arg(&picture);
+    // More carries tuned weights too far.
+    draw.args(["--guidance", "2"]);
     step("draw", draw)?;
     let sheet = out()?.join("decomposed.png");
     let draw = &mut Command::new(decomposed);

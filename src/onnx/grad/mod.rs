@@ -48,8 +48,8 @@ pub enum Effort {
 pub struct Spending {
     /// Of the backward pass.
     pub effort: Effort,
-    /// Most bytes of the forward pass's values that are there for the backward pass at a time; the rest is computed again
-    /// from what is kept, as is least work. A wish: no less is kept than can be. `None`: nothing is computed again.
+    /// Most bytes of the forward pass's values that are there for the backward pass at a time. What does not fit is computed
+    /// again from what is kept; where even that is too much, as little as can be is kept. `None`: all is kept.
     pub activations: Option<u64>,
 }
 
