@@ -275,7 +275,7 @@ class Concepts(WithPipeline):
 class Discovering(WithPipeline):
     """Searches on small pictures with few batches; what they find is the business of the library's own tests."""
 
-    SEARCH = {"batches": 13, "batch": 2, "seed": 5}
+    SEARCH = {"batches": 16, "batch": 2, "seed": 5}
 
     def setUp(self):
         pictures = [self.pipeline.draw("a cat", width=32, height=32, **QUICK | {"seed": seed})[0] for seed in (1, 2)]
@@ -289,13 +289,14 @@ class Discovering(WithPipeline):
         told, bar = [], io.StringIO()
         found = self.pipeline.discover(*self.subject, progress=told.append, **self.SEARCH)
         losses = [one.loss for one in told if one.stage == "search"]
-        self.assertEqual((len(losses), losses[0]), (14, None))
+        self.assertEqual((len(losses), losses[0]), (17, None))
         self.assertTrue(np.isfinite(losses[1:]).all())
         with redirect_stderr(bar):
             again = self.pipeline.discover(*self.subject, progress=True, **self.SEARCH)
-        self.assertRegex(bar.getvalue(), r"search: .*13/13.*loss=\d")
+        self.assertRegex(bar.getvalue(), r"search: .*16/16.*loss=\d")
         self.assertEqual(self.neurons(found), self.neurons(again))
         self.assertEqual((found.trigger, found.class_noun), ("<s1>", "cat"))
+        self.assertGreater(found.neurons, 0)
         # What is computed again changes nothing.
         again = self.pipeline.discover(*self.subject, activation_bytes=1, **self.SEARCH)
         self.assertEqual(self.neurons(found), self.neurons(again))

@@ -190,6 +190,7 @@ def applied(graph, *terms):
     return graph
 
 
+BATCHES = 16  # of a search: enough for a learnt mask to shut something
 COMPOSED = ("MaculaComposeConcepts", "green-apple", 1.0)
 ABLATED = ("MaculaAblateConcept", "erase-tiger", 0.75)
 
@@ -452,7 +453,7 @@ class Nodes(unittest.TestCase):
             "vae": ["VAELoader", {"vae_name": "pixel_space"}],
             "find": ["MaculaFindConceptNeurons", {
                 "model": ("model", 0), "subject": ("subject", 0), "trigger": "<s2>", "class_noun": "animal",
-                "density": 0.01, "batches": 13, "batch": 1, "tune_steps": 0, "seed": 3, "pictures": ("pictures", 0),
+                "density": 0.01, "batches": BATCHES, "batch": 1, "tune_steps": 0, "seed": 3, "pictures": ("pictures", 0),
                 "vae": ("vae", 0), **inputs,
             }],
             "save": ["MaculaSaveConcept", {"concept": ("find", 0), "filename_prefix": "found/octopus"}],
@@ -463,7 +464,7 @@ class Nodes(unittest.TestCase):
         latents = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 255 * 2 - 1
         context = self.direct.pipeline.encode_prompt("a <s2> animal")
         return self.direct.pipeline.discover_encoded(
-            latents, context.context, "<s2>", "animal", batches=13, batch=1, seed=3, **options
+            latents, context.context, "<s2>", "animal", batches=BATCHES, batch=1, seed=3, **options
         ), latents, context
 
     def test_neurons_are_found(self):
@@ -474,13 +475,14 @@ class Nodes(unittest.TestCase):
         prompt = self.direct.pipeline.encode_prompt("a <s2> animal")
         known, *_ = self.found(embedding=prompt)
         self.assertEqual((found.scope, found.trigger, found.neurons), (known.scope, "<s2>", known.neurons))
+        self.assertGreater(found.neurons, 0)
         self.assertGreater(found.overlap(known).jaccard, 0.99)
         told = [content for name, content in events if name == "progress" and content["node"] == "find"]
-        self.assertEqual([one["value"] for one in told], list(range(14)))
+        self.assertEqual([one["value"] for one in told], list(range(BATCHES + 1)))
         texts = [message[8:].decode(errors="replace") for name, message in events if name == "binary" and message[3] == 3]
         self.assertTrue(any("loss 0." in text and " left" in text for text in texts), texts)
         pictures = [message for name, message in events if name == "binary" and message[3] in (1, 4)]
-        self.assertGreaterEqual(len(pictures), 13)
+        self.assertGreaterEqual(len(pictures), BATCHES)
 
     def test_neurons_are_found_in_latents_with_foreign_conditioning(self):
         graph = self.searching(latents=("latents", 0), subject_class=("class", 0), class_latents=("latents", 0),
@@ -498,7 +500,7 @@ class Nodes(unittest.TestCase):
         subject = self.direct.pipeline.encode_prompt("a <s2> animal").context
         _, latents, _ = self.found(embedding=self.direct.pipeline.encode_prompt("a <s2> animal"), method="saliency")
         known = self.direct.pipeline.discover_encoded(
-            latents, np.concatenate([subject, of_class], axis=1), "<s2>", "animal", batches=13, batch=1, seed=3,
+            latents, np.concatenate([subject, of_class], axis=1), "<s2>", "animal", batches=BATCHES, batch=1, seed=3,
             scope="global", class_latents=latents, class_context=np.concatenate([of_class, of_class], axis=1),
         )
         self.assertGreater(found.overlap(known).jaccard, 0.99)
