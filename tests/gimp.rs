@@ -237,7 +237,8 @@ fn the_dialog_draws_cancels_and_gives_a_layer() {
             save("1", "(cadr made)", &file)
         ),
     ]);
-    let window = wait_for("dialog", 30, || dialog.window(TITLE));
+    // Three GIMPs start at once, each asking all its plug-ins what they are.
+    let window = wait_for("dialog", 120, || dialog.window(TITLE));
     dialog.screen.focus(&window);
     // The concept's word is not in this prompt, which GIMP says in a window of its own; the dialog stays.
     dialog.prompt("a cat");
