@@ -172,8 +172,8 @@ pub struct macula_discover_options {
     /// Zero. Default: `0`.
     pub reserved: i32,
     /// Most bytes of values of the UNet's forward pass, of the pictures that are run at a time, that the gradient keeps for
-    /// its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174), at most one more forward pass. It
-    /// keeps as little as it can if that is more, with a warning in the log. 0 for no limit. Default: `0`.
+    /// its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174), at most one more forward
+    /// pass. It keeps as little as it can if that is more, with a warning in the log. 0 for no limit. Default: `0`.
     pub activation_bytes: u64,
 }
 

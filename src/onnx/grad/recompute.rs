@@ -1,9 +1,9 @@
 //! Values of the forward pass that the backward pass computes again instead of keeping them: gradient checkpointing (Chen et
 //! al. 2016, arXiv 1604.06174), with borders where they are cheap.
 //!
-//! A first sweep shows which node's rule reads which values. [`Forward::plan`] cuts the forward nodes into segments where few bytes
-//! cross. All but the last segments are computed again when the second sweep comes to them ([`Segment::enter`]), from what
-//! crosses their borders; that, and what is read in the last ones, is kept.
+//! A first sweep shows which node's rule reads which values. [`Forward::plan`] cuts the forward nodes into segments where
+//! few bytes cross. The segments before the last border are computed again when the second sweep comes to them
+//! ([`Segment::enter`]), from what crosses their borders; that, and what is read behind the last border, is kept.
 
 use std::collections::{HashMap, HashSet};
 
