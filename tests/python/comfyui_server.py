@@ -123,13 +123,14 @@ class Server:
     def outcome(self, job):
         """How a job ended, and what it gave."""
         name, content = list(self.events(job))[-1]
-        if name != "execution_success":
-            return name, content
-        # The history is written after the last event.
-        until = time.monotonic() + 10
+        return name, self.outputs(job) if name == "execution_success" else content
+
+    def outputs(self, job):
+        """What a job gave; the server tells of the end first, and writes its history after it."""
+        until = time.monotonic() + 60
         while not (history := self.json(f"/history/{job}")) and time.monotonic() < until:
             time.sleep(0.01)
-        return name, history[job]["outputs"]
+        return history[job]["outputs"]
 
     def run(self, graph):
         name, content = self.outcome(self.queue(graph))
@@ -470,7 +471,7 @@ class Nodes(unittest.TestCase):
     def test_neurons_are_found(self):
         """The same neurons as the library's, with progress, the time left and the loss as a picture."""
         events = list(self.server.events(job := self.server.queue(self.searching())))
-        outputs = self.server.json(f"/history/{job}")[job]["outputs"]
+        outputs = self.server.outputs(job)
         found = macula.Concept.load(BASE / "output" / outputs["save"]["text"][0])
         prompt = self.direct.pipeline.encode_prompt("a <s2> animal")
         known, *_ = self.found(embedding=prompt)
@@ -513,7 +514,7 @@ class Nodes(unittest.TestCase):
                 stopped = time.monotonic()
                 self.server.post("/interrupt")
         self.assertEqual(name, "execution_interrupted")
-        self.assertLess(time.monotonic() - stopped, 2)
+        self.assertLess(time.monotonic() - stopped, 10)
 
 
 if __name__ == "__main__":
