@@ -162,6 +162,14 @@ fn a_composition_shuts_the_weights_and_its_removal_leaves_no_trace() {
     assert_eq!(composed.predict(&mut other), second);
     other.set_composition(Composition::new()).unwrap();
     assert_eq!(plain.again(&mut other).unwrap(), first);
+    // A text that is set again keeps its keys and values, one that comes back after another is computed anew.
+    other.set_composition(composition(&other)).unwrap();
+    assert_eq!(composed.predict(&mut other), second);
+    other.set_composition(Composition::new()).unwrap();
+    assert_eq!(plain.predict(&mut other), first);
+    let elsewhere = fixture.case("other sizes");
+    assert!(support::relative_error(&elsewhere.predict(&mut other), elsewhere.output) < 1e-4);
+    assert_eq!(plain.predict(&mut other), first);
 }
 
 #[test]

@@ -5,7 +5,8 @@ trained: at each of some numbers of steps the plain process, the decomposed one,
 at least the time of the decomposed. The processes take turns, prompt by prompt, so that other load falls on all of them.
 Writes OUT/decomposed.json and OUT/decomposed-curves.png:
 
-- time ratios, and the share of the saving that the cost model predicts;
+- time ratios, and the share of the saving that the cost model predicts, drawn with guidance, as draws are by default, and
+  without;
 - the kernel distance of the first judge's features to scenes of the same prompts as the model was trained on them and, with
   --full, the Frechet distance. Both are between distributions, so drawing is without guidance, which trades variety for
   clarity. The scenes themselves are rated too: that is what a perfect model would get;
@@ -38,6 +39,7 @@ BATCH = 2  # pictures of a prompt
 RENDERINGS = 4  # of a prompt in a reference
 TIDY = 0.75  # share of the reference's scenes, as at the end of training
 STEPS_OF_CURVES = (3, 4, 5, 6, 8, 10)
+GUIDED, UNGUIDED = 7.5, 1.0  # as draws are by default, and without the second prediction of each step
 
 
 @dataclass
@@ -50,14 +52,14 @@ class Process:
     seconds: float = 0.0
     pictures: list = field(default_factory=list)
 
-    def draw(self, pipeline, caption, options, first=0, batch=BATCH):
+    def draw(self, pipeline, caption, options, first=0, batch=BATCH, guidance=None):
         """Adds pictures of a caption and the time that they took."""
         began = time.perf_counter()
         drawn = pipeline.draw(
             caption,
             steps=self.steps,
             schedule=self.schedule,
-            guidance=options.guidance,
+            guidance=options.guidance if guidance is None else guidance,
             seed=options.seed,
             first_picture=first,
             batch=batch,
@@ -84,18 +86,19 @@ def draw_in_turn(pipeline, processes, scenes, options):
             print(f"{BATCH * (i + 1)} of {BATCH * len(scenes)} pictures each, {spent:.0f} s", flush=True)
 
 
-def speed(pipeline, schedule, steps, batch, options):
+def speed(pipeline, schedule, steps, batch, options, guidance):
     """The median time ratio of pairs of draws, and the share of the predicted saving that it is."""
     ratios = []
     for i in range(options.timed + 1):  # the first run at a size takes longer
         plain, decomposed = Process("plain", steps), Process("decomposed", steps, schedule)
         for process in (plain, decomposed):
-            process.draw(pipeline, "a cat on a blue background", options, first=batch * i, batch=batch)
+            process.draw(pipeline, "a cat on a blue background", options, batch * i, batch, guidance)
         ratios.append(decomposed.seconds / plain.seconds)
     ratio, predicted = float(np.median(ratios[1:])), decomposed.predicted_cost()
     return {
         "steps": steps,
         "batch": batch,
+        "guidance": guidance,
         "time_ratio": ratio,
         "predicted_cost": predicted,
         "share_of_predicted_saving": (1 - ratio) / (1 - predicted),
@@ -146,7 +149,7 @@ class Judges:
 def compare_processes(pipeline, judges, scenes, options):
     """The comparison of quality, and the plain processes that were drawn for it, by steps."""
     schedule = pipeline.schedule
-    speeds = [speed(pipeline, schedule, steps, BATCH, options) for steps in options.steps]
+    speeds = [speed(pipeline, schedule, steps, BATCH, options, options.guidance) for steps in options.steps]
     fewer = [int(np.ceil(timed["steps"] * timed["time_ratio"])) for timed in speeds]
     plain = {steps: Process("plain", steps) for steps in sorted({*options.steps, *fewer})}
     decomposed = {steps: Process("decomposed", steps, schedule) for steps in options.steps}
@@ -216,7 +219,7 @@ def main():
     parser.add_argument("--judges", type=Path, default=probe.FOLDER)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "out")
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 10], help="of both processes in the comparisons of quality; the last for the curves")
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--guidance", type=float, default=UNGUIDED, help="of the pictures whose quality is compared")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--curve-pictures", type=int, default=160, help="of each point of the curves")
@@ -226,7 +229,8 @@ def main():
     began = time.perf_counter()
     pipeline = macula.Pipeline(options.model)
     wanted = 5000 if options.full else options.pictures
-    speeds = [speed(pipeline, pipeline.schedule, 25, batch, options) for batch in (1, 4)]
+    drawn = [(guidance, batch) for guidance in (GUIDED, UNGUIDED) for batch in (1, 4)]
+    speeds = [speed(pipeline, pipeline.schedule, 25, batch, options, guidance) for guidance, batch in drawn]
     scenes = some_scenes(options.seed, wanted // BATCH)
     reference = rendered(scenes, RENDERINGS, options.seed)
     judges = Judges(options.judges, scenes, reference)

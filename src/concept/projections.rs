@@ -314,6 +314,12 @@ impl KeysValues {
         self.tokens
     }
 
+    /// Whether these are the keys and values that a base makes of a text encoding.
+    pub fn are_of(&self, base: &Projections, context: &[f32], batch: usize, tokens: usize) -> bool {
+        let bits = bytemuck::cast_slice::<f32, u32>;
+        (self.base_id, self.batch, self.tokens) == (base.id, batch, tokens) && bits(&self.context) == bits(context)
+    }
+
     /// The base output of each projection, `[batch, tokens, out]`, in the order of [`Projections::as_slice`].
     pub fn base(&self) -> &[Vec<f32>] {
         &self.base

@@ -264,20 +264,21 @@ impl Unet {
         Ok(())
     }
 
-    /// Computes and binds everything that stays the same for all steps of a prompt.
+    /// Computes and binds everything that stays the same for all steps of a prompt. Keys and values of the text that was
+    /// bound before are kept.
     ///
     /// # Errors
     /// [`Status::InvalidArgument`] for a shape that the graph does not take (naming the input, what it takes and what
     /// was given), for a part that is missing, and for a part that the UNet has no input for.
     pub fn set_conditioning(&mut self, conditioning: &Conditioning) -> Result<()> {
-        self.prompt = None;
+        let before = self.prompt.take();
         let Conditioning { batch, tokens, context, .. } = conditioning;
         let (batch, tokens) = (*batch, *tokens);
         if batch == 0 || self.shape.batch.is_some_and(|fixed| fixed != batch) {
             return Err(out_of_range("the batch", self.shape.batch, batch));
         }
-        let keys_values = match &self.text {
-            None if context.is_empty() => None,
+        let (keys_values, held) = match &self.text {
+            None if context.is_empty() => Default::default(),
             None => return Err(Error::invalid_argument(format!("{CONTEXT:?} was given, but this UNet takes no text"))),
             Some(port) => {
                 let features = (context.len() / batch).checked_div(tokens).unwrap_or(0);
@@ -292,17 +293,24 @@ impl Unet {
                     Steering::Fixed(_) => {
                         let tensor = precision::from_f32(port.dtype, &[batch, tokens, features], context)?;
                         self.binding.bind_input(CONTEXT, tensor)?;
-                        None
+                        Default::default()
                     }
-                    Steering::Inputs { projections, inputs } => {
-                        let keys_values = projections.keys_values(context, batch, tokens, &self.pool)?;
-                        bind_buffers(&mut self.binding, &self.session, inputs, batch, tokens)?;
-                        if self.session.input(CONTEXT).is_ok() {
-                            let tensor = precision::from_f32(port.dtype, &[batch, tokens, features], context)?;
-                            self.binding.bind_input(CONTEXT, tensor)?;
+                    Steering::Inputs { projections, inputs } => match before {
+                        Some(Prompt { keys_values: Some(known), held, .. })
+                            if known.are_of(projections, context, batch, tokens) =>
+                        {
+                            (Some(known), held)
                         }
-                        Some(keys_values)
-                    }
+                        _ => {
+                            let keys_values = projections.keys_values(context, batch, tokens, &self.pool)?;
+                            bind_buffers(&mut self.binding, &self.session, inputs, batch, tokens)?;
+                            if self.session.input(CONTEXT).is_ok() {
+                                let tensor = precision::from_f32(port.dtype, &[batch, tokens, features], context)?;
+                                self.binding.bind_input(CONTEXT, tensor)?;
+                            }
+                            (Some(keys_values), Held::default())
+                        }
+                    },
                 }
             }
         };
@@ -327,7 +335,7 @@ impl Unet {
         if let Some((_, labels)) = self.part(CLASS_LABELS, conditioning.class_labels.as_ref())? {
             self.bind_class_labels(labels, batch)?;
         }
-        self.prompt = Some(Prompt { batch, keys_values, held: Held::default(), current: false, shape: None });
+        self.prompt = Some(Prompt { batch, keys_values, held, current: false, shape: None });
         Ok(())
     }
 
