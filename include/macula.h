@@ -1454,12 +1454,21 @@ typedef struct {
    * the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
    */
   uint32_t stages;
+  /**
+   * 1: concepts with neurons of self-attention can be composed. The weights that make its keys and values are inputs of
+   * the session then, which costs a little time in each step, and a swap of such a concept writes them. Default: `0`.
+   */
+  int32_t self_attention;
+  /**
+   * Zero. Default: `0`.
+   */
+  int32_t reserved;
 } macula_pipeline_options;
 
 /**
  * The defaults: `macula_pipeline_options x = MACULA_PIPELINE_OPTIONS_INIT;`
  */
-#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL, 0, 0 }
+#define MACULA_PIPELINE_OPTIONS_INIT { sizeof(macula_pipeline_options), NULL, 0, 0, 0, 0 }
 
 /**
  * What a pipeline is. The texts belong to the pipeline handle.
@@ -2594,6 +2603,11 @@ typedef int32_t macula_searched;
 typedef int32_t macula_method;
 
 /**
+ * Of which attention weights are searched: one of `MACULA_ATTENTION_*`.
+ */
+typedef int32_t macula_attention;
+
+/**
  * What is to be found, and how.
  */
 typedef struct {
@@ -2785,9 +2799,10 @@ typedef struct {
    */
   uint32_t embedding_steps;
   /**
-   * Zero. Default: `0`.
+   * Of which attention weights are searched. Self-attention knows no words: with it `scope` must be global, and the concept is
+   * composed by pipelines that were opened with `self_attention`. Default: `MACULA_ATTENTION_CROSS`.
    */
-  int32_t reserved;
+  macula_attention attention;
   /**
    * Most bytes of values of the UNet's forward pass, of the pictures that are run at a time, that the gradient keeps for
    * its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174), at most one more forward
@@ -2799,7 +2814,7 @@ typedef struct {
 /**
  * The defaults: `macula_discover_options x = MACULA_DISCOVER_OPTIONS_INIT;`
  */
-#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL, 0.1, 0, 0, 0 }
+#define MACULA_DISCOVER_OPTIONS_INIT { sizeof(macula_discover_options), NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0, NULL, 0, NULL, NULL, NULL, NULL, 0.01, 1.0, 0.1, 0, 60, 8, 0, 12, 0, 0, MACULA_ROLE_IMPLANT, MACULA_SEARCHED_KEYS_AND_VALUES, MACULA_SCOPE_DEFAULT, MACULA_METHOD_DEFAULT, 0, 0, 0, MACULA_VALUES_FLOAT16, NULL, NULL, NULL, NULL, NULL, 0.1, 0, MACULA_ATTENTION_CROSS, 0 }
 
 /**
  * The one that lowers the held-out loss most for its bytes: at present the learnt mask.
@@ -2836,6 +2851,21 @@ typedef struct {
  */
 #define MACULA_SEARCHED_VALUES 2
 
+/**
+ * Cross-attention, which reads the prompt, as in Cones.
+ */
+#define MACULA_ATTENTION_CROSS 0
+
+/**
+ * Self-attention, in which the picture reads itself.
+ */
+#define MACULA_ATTENTION_SELF 1
+
+/**
+ * Both.
+ */
+#define MACULA_ATTENTION_BOTH 2
+
 
 /**
  * Finds the neurons of a subject, or of a word to forget.
@@ -2848,7 +2878,7 @@ typedef struct {
  * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
  * the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
  * checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
- * is not there; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
+ * is not there, or no weight is found to be shut; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
  * derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
  * `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
  * leaves the last one.

@@ -10,7 +10,7 @@ use macula::onnx::{Limits, Model, attention};
 fn projections(folder: &std::path::Path) -> Projections {
     let model = Model::open(folder.join("model.onnx"), &Limits::default()).unwrap();
     let found = attention::find(&model, "encoder_hidden_states").unwrap();
-    Projections::from_model(&model, &found).unwrap()
+    Projections::from_model(&model, &found, &[]).unwrap()
 }
 
 /// The fingerprints of PyTorch's weights, by the NumPy implementation.

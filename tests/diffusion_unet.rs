@@ -38,7 +38,12 @@ impl Fixture {
     }
 
     fn open(&self, threads: usize) -> Unet {
+        self.open_with(threads, false)
+    }
+
+    fn open_with(&self, threads: usize, self_attention: bool) -> Unet {
         let mut options = UnetOptions::default();
+        options.self_attention = self_attention;
         options.session.intra_threads = 1;
         options.threads = threads;
         Unet::open(&runtime(), self.model(), &options).unwrap()
@@ -74,13 +79,15 @@ impl Fixture {
         }
     }
 
-    fn neurons(&self) -> NeuronSet {
+    /// The neurons of some of the cases' sets: `sets`, `self_sets`.
+    fn neurons(&self, sets: &[&str]) -> NeuronSet {
         let layer = |(path, set): (&String, &Value)| {
             let (out, inputs) = (set[0].as_u64().unwrap() as usize, set[1].as_u64().unwrap() as usize);
             let indices = set[2].as_array().unwrap().iter().map(|index| index.as_u64().unwrap() as u32).collect();
             Layer::new(path, out, inputs, Indices::from_sorted((out * inputs) as u32, indices).unwrap()).unwrap()
         };
-        NeuronSet::new(self.cases["sets"].as_object().unwrap().iter().map(layer).collect()).unwrap()
+        let layers = sets.iter().flat_map(|sets| self.cases[*sets].as_object().unwrap().iter().map(layer));
+        NeuronSet::new(layers.collect()).unwrap()
     }
 }
 
@@ -142,7 +149,7 @@ fn a_composition_shuts_the_weights_and_its_removal_leaves_no_trace() {
     let (plain, composed) = (fixture.case("plain"), fixture.case("composed"));
     let first = plain.predict(&mut unet);
     let composition = |unet: &Unet| {
-        let neurons = fixture.neurons();
+        let neurons = fixture.neurons(&["sets"]);
         let concept = GatheredConcept::from_neurons(&neurons, unet.projections().unwrap(), unet.pool()).unwrap();
         let mut composition = Composition::new();
         composition.push(concept, 1.0, Rows::All).unwrap();
@@ -170,6 +177,46 @@ fn a_composition_shuts_the_weights_and_its_removal_leaves_no_trace() {
     let elsewhere = fixture.case("other sizes");
     assert!(support::relative_error(&elsewhere.predict(&mut other), elsewhere.output) < 1e-4);
     assert_eq!(plain.predict(&mut other), first);
+}
+
+/// Weights of self-attention are inputs where they were asked for, and shut with the others.
+#[test]
+fn weights_of_self_attention_are_composed_where_they_were_asked_for() {
+    let fixture = Fixture::new("text");
+    let (plain, composed) = (fixture.case("plain"), fixture.case("composed, with self-attention"));
+    let neurons = fixture.neurons(&["sets", "self_sets"]);
+    let gather = |unet: &Unet| GatheredConcept::from_neurons(&neurons, unet.projections().unwrap(), unet.pool());
+    let unasked = fixture.open(2);
+    let error = gather(&unasked).err().unwrap();
+    assert!(error.message().contains("self-attention"), "{error}");
+
+    let mut unet = fixture.open_with(2, true);
+    let first = plain.predict(&mut unet);
+    assert!(support::relative_error(&first, plain.output) < 1e-4);
+    let composition = |unet: &Unet, strength: f32| {
+        let mut composition = Composition::new();
+        composition.push(gather(unet).unwrap(), strength, Rows::All).unwrap();
+        composition
+    };
+    unet.set_composition(composition(&unet, 1.0)).unwrap();
+    let error = support::relative_error(&composed.again(&mut unet).unwrap(), composed.output);
+    println!("composed: {error:e} from PyTorch with the weights set to zero");
+    assert!(error < 1e-4, "{error:e} from PyTorch");
+    // Two concepts that share half of what they take away shut the whole of it.
+    let mut twice = composition(&unet, 1.0);
+    twice.push(gather(&unet).unwrap(), 0.5, Rows::All).unwrap();
+    unet.set_composition(twice).unwrap();
+    assert!(support::relative_error(&composed.again(&mut unet).unwrap(), composed.output) < 1e-4);
+    unet.set_composition(composition(&unet, 0.5)).unwrap();
+    assert!(support::relative_error(&composed.again(&mut unet).unwrap(), composed.output) > 1e-3);
+    unet.set_composition(Composition::new()).unwrap();
+    assert_eq!(plain.again(&mut unet).unwrap(), first);
+
+    // In half precision the weights are inputs of the type in which their product is computed.
+    let half = Fixture::new("half");
+    let case = half.case("plain");
+    let error = support::relative_error(&case.predict(&mut half.open_with(2, true)), &case.predict(&mut half.open(2)));
+    assert!(error < 1e-2, "half precision: {error:e} apart");
 }
 
 #[test]

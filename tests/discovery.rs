@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use macula::Status;
-use macula::concept::{Concept, Precision, Role, Scope};
-use macula::diffusion::pipeline::{Images, Pipeline};
+use macula::concept::{Concept, GatheredConcept, Precision, Role, Scope};
+use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Images, Pipeline};
 use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::search::{Bound, Found, Method, search};
 use macula::discovery::{
-    Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient, MOST_CHOSEN,
-    Objective, Report, Request, Searched, Subject, Term, TuneOptions, Tuning,
+    Attentions, Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient,
+    MOST_CHOSEN, Objective, Report, Request, Searched, Subject, Term, TuneOptions, Tuning,
 };
 use macula::progress::{CancelToken, Job, Progress};
 use macula::runtime::{Runtime, RuntimeOptions};
@@ -93,11 +93,12 @@ fn jaccard(found: &Found, expected: &BTreeSet<usize>) -> f64 {
     found.intersection(expected).count() as f64 / found.union(expected).count() as f64
 }
 
-fn agrees_with_the_reference(scope: &str) {
+fn agrees_with_the_reference(scope: &str, attentions: Attentions) {
     let reference = Reference::of(scope);
     let batches = reference.batches();
     let cancel = CancelToken::new();
-    let gradient = open(&batches[0], GradientOptions::default());
+    let options = || GradientOptions { attentions, ..GradientOptions::default() };
+    let gradient = open(&batches[0], options());
     let ones = vec![1f32; gradient.len()];
     for (name, scales) in [("slope", &ones), ("mixed", &reference.f32s("scales"))] {
         let slope = gradient.slope(&batches[0], SHAPE, scales, &cancel).unwrap();
@@ -108,12 +109,12 @@ fn agrees_with_the_reference(scope: &str) {
         assert!(error <= 1e-4, "{scope} {name}: {error:.1e}");
     }
     // In lots of one state the sums are the same but for rounding.
-    let halves = open(&batches[0], GradientOptions { lot: 1, ..GradientOptions::default() });
+    let halves = open(&batches[0], GradientOptions { lot: 1, ..options() });
     let slope = halves.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
     assert!(relative(&slope.scales, &reference.f32s("slope")) <= 1e-4);
     // So they are when half of the forward pass is computed again.
     let activations = Some(gradient.activations() / 2);
-    let again = open(&batches[0], GradientOptions { activations, ..GradientOptions::default() });
+    let again = open(&batches[0], GradientOptions { activations, ..options() });
     assert!(again.activations() <= gradient.activations() / 2, "{} bytes are kept", again.activations());
     let slope = again.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
     assert!(relative(&slope.scales, &reference.f32s("slope")) <= 1e-4);
@@ -163,23 +164,33 @@ fn tuning_agrees_with_the_reference(
 
 #[test]
 fn a_set_for_the_rows_of_its_own_words_is_the_references() {
-    agrees_with_the_reference("local");
+    agrees_with_the_reference("local", Attentions::Cross);
 }
 
 #[test]
 fn a_set_for_all_rows_is_the_references() {
-    agrees_with_the_reference("global");
+    agrees_with_the_reference("global", Attentions::Cross);
 }
 
 #[test]
 fn an_erasing_set_is_the_references() {
-    agrees_with_the_reference("erase");
+    agrees_with_the_reference("erase", Attentions::Cross);
+}
+
+#[test]
+fn a_set_of_self_attention_too_is_the_references() {
+    agrees_with_the_reference("both", Attentions::Both);
 }
 
 fn pipeline(threads: usize) -> Pipeline {
+    pipeline_with(threads, false)
+}
+
+fn pipeline_with(threads: usize, self_attention: bool) -> Pipeline {
     support::onnxruntime();
     let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
     let mut options = UnetOptions::default();
+    options.self_attention = self_attention;
     options.threads = threads;
     options.session.intra_threads = threads;
     Pipeline::open(&runtime, PIPELINE, &options).unwrap()
@@ -322,6 +333,61 @@ fn keys_or_values_are_searched_alone() {
         assert!(layers.len() == all / 2 && layers.iter().all(|layer| layer.path().ends_with(ending)), "{searched:?}");
         assert!(!concept.neurons.is_empty() && concept.neurons.density() <= 0.01);
     }
+}
+
+/// They are found by any pipeline, and composed by one that was opened for them.
+#[test]
+fn neurons_of_self_attention_are_found_and_composed() {
+    let pictures = pictures();
+    let mut request = octopus(&pictures);
+    (request.method, request.batches, request.drawn_pictures) = (Method::Algorithm1 { rho: 0.0 }, 2, 0);
+    let mut plain = pipeline(1);
+    request.attentions = Attentions::SelfAttention;
+    let error = request.find(&mut plain, &mut Job::default()).unwrap_err();
+    assert_eq!(error.status(), Status::InvalidArgument);
+    assert!(error.message().contains("global"), "{error}");
+    request.scope = Scope::Global;
+    let (concept, _) = find(&request, &mut plain);
+    let layers = concept.neurons.layers();
+    let all = plain.unet().projections().unwrap().as_slice().len();
+    assert!(layers.len() == all && layers.iter().all(|layer| layer.path().contains(".attn1.to_")));
+    request.searched = Searched::Values;
+    assert!(find(&request, &mut plain).0.neurons.layers().iter().all(|layer| layer.path().ends_with(".attn1.to_v")));
+
+    let apply = |pipeline: &mut Pipeline| -> Result<Vec<u8>, macula::Error> {
+        let unet = pipeline.unet();
+        let gathered = GatheredConcept::new(&concept, unet.projections().unwrap(), unet.pool())?;
+        let (scope, strength) = (ConceptScope::Global, 1.0);
+        pipeline.set_concepts(vec![AppliedConcept { concept: gathered, strength, scope, token: None }])?;
+        Ok(draw(pipeline))
+    };
+    let error = apply(&mut plain).unwrap_err();
+    assert!(error.message().contains("attn1") && error.message().contains("self-attention"), "{error}");
+    let (untouched, mut steered) = (draw(&mut plain), pipeline_with(1, true));
+    let base = draw(&mut steered);
+    let apart = |a: &[u8], b: &[u8]| a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+    assert!(apart(&base, &untouched) <= 2, "opened for self-attention it draws {} apart", apart(&base, &untouched));
+    let shut = apply(&mut steered).unwrap();
+    assert!(apart(&shut, &base) > 2);
+    steered.set_concepts(Vec::new()).unwrap();
+    assert_eq!(draw(&mut steered), base);
+}
+
+#[test]
+fn a_search_that_shuts_nothing_says_so() {
+    let pictures = pictures();
+    let mut request = octopus(&pictures);
+    // At this price no weight is shut.
+    request.method = Method::LearntMask { rate: 0.04, penalty: 1.0 };
+    let error = request.find(&mut pipeline(1), &mut Job::default()).unwrap_err();
+    assert_eq!(error.status(), Status::NotFound, "{error}");
+    assert!(error.message().contains("14 batches of 2"), "{error}");
+}
+
+fn draw(pipeline: &mut Pipeline) -> Vec<u8> {
+    let mut options = DrawOptions::new("an animal on a blue background");
+    options.steps = 4;
+    pipeline.draw(&options, None, &mut Job::default()).unwrap().rgb
 }
 
 /// Of the sizes that are tried the one of the lowest loss is kept, and the report says them all.

@@ -96,6 +96,11 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
     let mut edited = model.clone();
     let inputs = attention::externalise(&mut edited, &found).unwrap_or_else(|error| panic!("{at}: {error}"));
     assert_eq!(inputs.len(), found.len());
+    let of_self = attention::find_self(&model, &found).unwrap();
+    let mut weighted = edited.clone();
+    let weights = attention::weights_as_inputs(&mut weighted, &of_self).unwrap_or_else(|error| panic!("{at}: {error}"));
+    assert_eq!(weights.len(), of_self.len());
+    attention::fuse(&mut weighted).unwrap();
     for projection in &found {
         let gone = edited.initializer(&projection.weight.name).is_err();
         assert!(gone, "{at}: the weight of {} is still there", projection.path);
@@ -132,6 +137,17 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
         assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} from the untouched model");
         let error = relative(&run(runtime, &fused, &given), &untouched);
         assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} with fused attention");
+        let mut with_weights = given.clone();
+        for (input, projection) in weights.iter().zip(&of_self) {
+            assert_eq!(input.path, projection.path);
+            let values = f32s(&projection.read_weight(&model).unwrap());
+            with_weights.push((input.name.clone(), Tensor::from_vec(&input.shape, values).unwrap()));
+        }
+        let error = relative(&run(runtime, &weighted, &with_weights), &untouched);
+        assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} with the weights of self-attention as inputs");
+        let last = with_weights.last_mut().unwrap();
+        last.1 = Tensor::zeros(last.1.dtype(), last.1.shape()).unwrap();
+        assert!(relative(&run(runtime, &weighted, &with_weights), &untouched) > 1e-4, "{at}: a weight is not used");
         // The inputs are used: other keys and values give another picture.
         let half = given.len() - 1;
         let zeros = Tensor::zeros(given[half].1.dtype(), given[half].1.shape()).unwrap();
@@ -163,7 +179,11 @@ fn agrees_with_torch(folder: &Path, layers: usize) -> Vec<Projection> {
     assert_eq!(found.iter().map(|p| p.path.as_str()).collect::<BTreeSet<_>>(), expected, "{at}");
     assert_eq!((found.len(), expected.len()), (2 * layers, 2 * layers), "{at}");
     assert!(found.is_sorted_by(|a, b| a.path < b.path), "{at}");
-    for projection in &found {
+    let of_self = attention::find_self(&model, &found).unwrap_or_else(|error| panic!("{at}: {error}"));
+    let expected: BTreeSet<&str> =
+        torch.keys().filter(|name| name.contains(".attn1.")).filter_map(|name| name.strip_suffix(".weight")).collect();
+    assert_eq!(of_self.iter().map(|p| p.path.as_str()).collect::<BTreeSet<_>>(), expected, "{at}");
+    for projection in found.iter().chain(&of_self) {
         let at = format!("{at}: {}", projection.path);
         assert_eq!(projection.path.ends_with(".to_k"), projection.role == Role::Key, "{at}");
         let weight = &torch[&format!("{}.weight", projection.path)];
@@ -173,7 +193,7 @@ fn agrees_with_torch(folder: &Path, layers: usize) -> Vec<Projection> {
         let bias = projection.read_bias(&model).unwrap();
         let expected = torch.get(&format!("{}.bias", projection.path)).map(|bias| f32s(&bias.data));
         assert_eq!(bias, expected, "{at}");
-        assert_ne!(projection.rows, Rows::Other, "{at}");
+        assert!(projection.rows != Rows::Other || projection.text_input.is_empty(), "{at}");
         assert!(projection.data_type.is_some_and(DataType::is_float), "{at}");
     }
     found

@@ -66,6 +66,7 @@ fn agrees_with_torch(folder: &Path, spending: impl Into<Spending>, bound: f32) -
     let found = attention::find(&model, TEXT_INPUT).unwrap();
     let given: Vec<(String, DataType)> =
         model.graph().input.iter().map(|info| (info.name().to_owned(), graph::element_type(info).unwrap())).collect();
+    let of_self = attention::find_self(&model, &found).unwrap();
     let keys_and_values = attention::externalise(&mut model, &found).unwrap();
     let reference = unets::tensors(&folder.join("reference.safetensors"));
     let expected = unets::tensors(&folder.join("gradients.safetensors"));
@@ -82,6 +83,7 @@ fn agrees_with_torch(folder: &Path, spending: impl Into<Spending>, bound: f32) -
         .collect();
     let types: Vec<DataType> =
         model.graph().input.iter().rev().take(found.len()).map(|i| graph::element_type(i).unwrap()).collect();
+    let weights = attention::weights_as_inputs(&mut model, &of_self).unwrap();
     let tensors = unets::tensors(&folder.join("weights.safetensors"));
     for (input, projection) in keys_and_values.iter().zip(&found) {
         let stored = &tensors[&format!("{}.weight", projection.path)];
@@ -116,11 +118,18 @@ fn agrees_with_torch(folder: &Path, spending: impl Into<Spending>, bound: f32) -
         inputs.push((input.name.clone(), tensor.unwrap()));
     }
 
+    for input in &weights {
+        let stored = &tensors[&format!("{}.weight", input.path)];
+        assert_eq!(stored.shape, input.shape);
+        inputs.push((input.name.clone(), as_input(stored, types[0])));
+    }
+
     let loss = grad::mean_squared_error(&mut model, "out_sample", 4).unwrap();
     for (name, stored) in [(&loss.target, "target"), (&loss.weight, "weight")] {
         inputs.push((name.clone(), as_input(&expected[stored], DataType::Float)));
     }
-    let wrt: Vec<&str> = keys_and_values.iter().map(|input| input.name.as_str()).collect();
+    let names = keys_and_values.iter().map(|input| &input.name).chain(weights.iter().map(|input| &input.name));
+    let wrt: Vec<&str> = names.map(String::as_str).collect();
     let mut options = SessionOptions::default();
     options.intra_threads = 1;
     options.memory_pattern = false;
@@ -138,17 +147,23 @@ fn agrees_with_torch(folder: &Path, spending: impl Into<Spending>, bound: f32) -
     outputs.push(&loss.loss);
     let session = runtime.session(&gradient.model, &options).unwrap_or_else(|error| panic!("{at}: {error}"));
     let answers = session.run(&borrowed, &outputs, &cancel).unwrap();
-    let error = relative(answers[found.len()].as_slice::<f32>().unwrap(), &f32s(&expected["loss"].data));
+    let error = relative(answers[wrt.len()].as_slice::<f32>().unwrap(), &f32s(&expected["loss"].data));
     assert!(error <= bound, "{at}: the loss is {error:.1e} from torch");
-    let mut worst = 0f32;
-    for (projection, answer) in found.iter().zip(&answers) {
-        let cotangent = answer.as_slice::<f32>().unwrap();
-        let ours = weight_gradient(cotangent, &rows, projection.out_features, projection.in_features);
+    let mut worst = [0f32; 2];
+    for (projection, answer) in found.iter().chain(&of_self).zip(&answers) {
+        let answer = answer.as_slice::<f32>().unwrap();
+        let cross = projection.text_input == TEXT_INPUT;
+        let ours = match cross {
+            true => weight_gradient(answer, &rows, projection.out_features, projection.in_features),
+            false => answer.to_vec(),
+        };
         let error = relative(&ours, &f32s(&expected[&format!("{}.weight", projection.path)].data));
         assert!(error <= bound, "{at}: the gradient of {} is {error:.1e} from torch", projection.path);
-        worst = worst.max(error);
+        worst[usize::from(!cross)] = worst[usize::from(!cross)].max(error);
     }
-    println!("{at}: {spending:?}: {worst:.1e}");
+    // Beside them are the target, the weights of the samples and the loss.
+    assert_eq!(found.len() + of_self.len() + 3, expected.len(), "{at}");
+    println!("{at}: {spending:?}: {:.1e} for cross-attention, {:.1e} for self-attention", worst[0], worst[1]);
     gradient.activations
 }
 

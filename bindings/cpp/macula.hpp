@@ -693,10 +693,13 @@ class Embedding : public detail::Owner<macula_embedding, macula_embedding_free> 
 /** An opened text-to-image model. It does one job at a time. */
 class Pipeline : public detail::Owner<macula_pipeline, macula_pipeline_free> {
  public:
-  /** Opens a model folder; the runtime may end before the pipeline. */
-  static Result<Pipeline> open(const Runtime &runtime, const std::string &folder, const SessionOptions &session = {}) {
+  /** Opens a model folder; the runtime may end before the pipeline. Concepts with neurons of self-attention can be composed
+   *  if `self_attention` says so. */
+  static Result<Pipeline> open(const Runtime &runtime, const std::string &folder, const SessionOptions &session = {},
+                               bool self_attention = false) {
     macula_pipeline_options options = MACULA_PIPELINE_OPTIONS_INIT;
     options.session = &session;
+    options.self_attention = self_attention;
     macula_pipeline *made = nullptr;
     macula_status status = macula_pipeline_open(runtime.get(), folder.c_str(), &options, &made);
     return detail::outcome(status, Pipeline(made));

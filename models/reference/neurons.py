@@ -1,4 +1,4 @@
-"""The cross-attention K and V weights of a UNet as one vector of scalars, and sets of them shut.
+"""The attention K and V weights of a UNet as one vector of scalars, and sets of them shut.
 
 A *scale* vector s [N] multiplies the weights, s_i = 0 shuts weight i (a concept neuron). The N
 weights are counted over the projections in the order of their module paths, inside each in [out, in]
@@ -18,11 +18,13 @@ import torch.nn.functional as F
 
 
 class KeyValueWeights:
-    """The K and V projections that read the text: every `attn2.to_k` and `attn2.to_v` below `unet`."""
+    """The K and V projections below `unet` that read the text (`attn2`), the picture itself (`attn1`), or both in this order."""
 
-    def __init__(self, unet):
-        found = [(path, layer) for path, layer in unet.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))]
-        self.layers = dict(sorted(found))
+    def __init__(self, unet, attentions=("attn2",)):
+        self.layers = {}
+        for attention in attentions:
+            ends = (f"{attention}.to_k", f"{attention}.to_v")
+            self.layers |= dict(sorted((path, layer) for path, layer in unet.named_modules() if path.endswith(ends)))
         self.sizes = [layer.weight.numel() for layer in self.layers.values()]
         self.count = sum(self.sizes)
 

@@ -27,7 +27,7 @@ use crate::concept::Scope;
 use crate::diffusion::pipeline::{Embedding, Images};
 use crate::discovery::search::Method;
 use crate::discovery::{
-    Encoded, EncodedSubject, Erasure, Goal, InvertOptions, Request, Searched, Subject, TuneOptions,
+    Attentions, Encoded, EncodedSubject, Erasure, Goal, InvertOptions, Request, Searched, Subject, TuneOptions,
 };
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
@@ -59,6 +59,18 @@ pub const MACULA_SEARCHED_KEYS: macula_searched = 1;
 
 /// Those of the values alone: what a word puts there.
 pub const MACULA_SEARCHED_VALUES: macula_searched = 2;
+
+/// Of which attention weights are searched: one of `MACULA_ATTENTION_*`.
+pub type macula_attention = i32;
+
+/// Cross-attention, which reads the prompt, as in Cones.
+pub const MACULA_ATTENTION_CROSS: macula_attention = 0;
+
+/// Self-attention, in which the picture reads itself.
+pub const MACULA_ATTENTION_SELF: macula_attention = 1;
+
+/// Both.
+pub const MACULA_ATTENTION_BOTH: macula_attention = 2;
 
 /// What is to be found, and how.
 #[repr(C)]
@@ -169,8 +181,9 @@ pub struct macula_discover_options {
     /// first token and lowers the same loss. The neurons are then searched with it, and it comes and goes with the concept.
     /// 0: the embedding stays the model's. Default: `0`.
     pub embedding_steps: u32,
-    /// Zero. Default: `0`.
-    pub reserved: i32,
+    /// Of which attention weights are searched. Self-attention knows no words: with it `scope` must be global, and the concept is
+    /// composed by pipelines that were opened with `self_attention`. Default: `MACULA_ATTENTION_CROSS`.
+    pub attention: macula_attention,
     /// Most bytes of values of the UNet's forward pass, of the pictures that are run at a time, that the gradient keeps for
     /// its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174), at most one more forward
     /// pass. It keeps as little as it can if that is more, with a warning in the log. 0 for no limit. Default: `0`.
@@ -221,7 +234,7 @@ impl Default for macula_discover_options {
             class_context: std::ptr::null(),
             embedding_rate: 0.1,
             embedding_steps: 0,
-            reserved: 0,
+            attention: MACULA_ATTENTION_CROSS,
             activation_bytes: 0,
         }
     }
@@ -242,7 +255,7 @@ unsafe impl Versioned for macula_discover_options {
 /// Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
 /// the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
 /// checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
-/// is not there; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
+/// is not there, or no weight is found to be shut; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
 /// derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
 /// `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
 /// leaves the last one.
@@ -388,6 +401,14 @@ impl Inputs {
             MACULA_SEARCHED_VALUES => Searched::Values,
             other => {
                 return Err(Error::invalid_argument(format!("options.searched is {other}, not a MACULA_SEARCHED_*")));
+            }
+        };
+        request.attentions = match options.attention {
+            MACULA_ATTENTION_CROSS => Attentions::Cross,
+            MACULA_ATTENTION_SELF => Attentions::SelfAttention,
+            MACULA_ATTENTION_BOTH => Attentions::Both,
+            other => {
+                return Err(Error::invalid_argument(format!("options.attention is {other}, not a MACULA_ATTENTION_*")));
             }
         };
         request.density = (options.density != 0.0).then_some(options.density);

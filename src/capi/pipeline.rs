@@ -70,11 +70,23 @@ pub struct macula_pipeline_options {
     /// TensorRT without `profiles`: the stages of the schedule that will be walked, which the UNet is built for; 0 for those of
     /// the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
     pub stages: u32,
+    /// 1: concepts with neurons of self-attention can be composed. The weights that make its keys and values are inputs of
+    /// the session then, which costs a little time in each step, and a swap of such a concept writes them. Default: `0`.
+    pub self_attention: i32,
+    /// Zero. Default: `0`.
+    pub reserved: i32,
 }
 
 impl Default for macula_pipeline_options {
     fn default() -> Self {
-        Self { struct_size: size_of::<Self>(), session: std::ptr::null(), pictures: 0, stages: 0 }
+        Self {
+            struct_size: size_of::<Self>(),
+            session: std::ptr::null(),
+            pictures: 0,
+            stages: 0,
+            self_attention: 0,
+            reserved: 0,
+        }
     }
 }
 
@@ -175,6 +187,11 @@ pub unsafe extern "C" fn macula_pipeline_open(
         // SAFETY: as above.
         unet.session = unsafe { session.read() }.map_err(|error| error.at("options.session"))?;
         unet.threads = session.threads as usize;
+        unet.self_attention = match options.self_attention {
+            0 => false,
+            1 => true,
+            other => return Err(Error::invalid_argument(format!("options.self_attention is {other}, must be 0 or 1"))),
+        };
         let expected = Expected { pictures: options.pictures as usize, stages: options.stages as usize };
         let pipeline = Pipeline::open_expecting(&runtime.runtime, folder, &unet, expected)?;
         out_pipeline.set(macula_pipeline::table().insert(macula_pipeline::new(pipeline)));

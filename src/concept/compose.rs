@@ -4,7 +4,9 @@
 //! concepts on one weight, with strengths `s`, what is taken is the mean of their `d`, weighted by `s`, times
 //! `1 - product(1 - s)`: shut weights are multiplied by the product of `1 - s`, and the order does not matter. So
 //! `K = C (W - taken)^T = C W^T - C taken^T`: the base keys less a sparse product, exact for every token by itself. A
-//! composition never touches a weight; it reads the base and writes keys and values into the caller's buffers.
+//! composition never touches a weight; it reads the base and writes keys and values into the caller's buffers. Only
+//! self-attention, whose keys and values change with every step, gets the weights `W - taken` themselves, in buffers of
+//! the caller's too, and on every row.
 //!
 //! *Implant* and *erase* concepts (Cones shuts the first; ablation shuts the second) are applied alike: what a set does
 //! was settled when it was found.
@@ -19,7 +21,7 @@ use rayon::prelude::*;
 
 use super::file::Concept;
 use super::kernel::{self, PADDING, Panel, TILE};
-use super::projections::{KeysValues, Projections};
+use super::projections::{KeysValues, ProjectionWeights, Projections};
 use super::set::NeuronSet;
 use super::values::Values;
 use crate::error::{Error, Result, Status};
@@ -43,7 +45,7 @@ impl SparseRows {
 /// A concept's neurons with what they take from their weights, gathered from one [`Projections`]. Clones share the weights.
 #[derive(Clone)]
 pub struct GatheredConcept {
-    /// In the order of [`Projections::as_slice`]; `None` where the concept has no neuron.
+    /// In the order of [`Projections::all`]; `None` where the concept has no neuron.
     projections: Arc<Vec<Option<SparseRows>>>,
     /// [`Projections::id`].
     base_id: u64,
@@ -80,13 +82,17 @@ impl GatheredConcept {
             values.check(neurons)?;
         }
         for layer in neurons.layers() {
-            let shape = base.position(layer.path()).map(|at| {
-                let projection = &base.as_slice()[at];
-                (projection.out_features, projection.in_features)
-            });
+            let known = base.all().find(|projection| projection.path == layer.path());
+            let shape = known.map(|projection| (projection.out_features, projection.in_features));
             let asked = (layer.out_features(), layer.in_features());
             if shape != Some(asked) {
-                let has = shape.map_or("no such projection".into(), |(out, inputs)| format!("{out} x {inputs}"));
+                let has = match (shape, base.self_attention().is_empty()) {
+                    (Some((out, inputs)), _) => format!("{out} x {inputs}"),
+                    (None, true) => {
+                        "no such projection (those of self-attention only where it is opened for them)".into()
+                    }
+                    (None, false) => "no such projection".into(),
+                };
                 return Err(Error::invalid_file(format!(
                     "{}: the set asks for {} x {} weights, the base model has {has}",
                     layer.path(),
@@ -95,7 +101,7 @@ impl GatheredConcept {
                 )));
             }
         }
-        let gather = |projection: &super::ProjectionWeights| {
+        let gather = |projection: &ProjectionWeights| {
             let place = neurons.position(&projection.path);
             let Some((place, layer)) =
                 place.map(|at| (at, &neurons.layers()[at])).filter(|(_, l)| !l.indices().is_empty())
@@ -128,7 +134,8 @@ impl GatheredConcept {
             }
             Ok(Some(rows))
         };
-        let projections = pool.install(|| base.as_slice().par_iter().map(gather).collect::<Result<Vec<_>>>())?;
+        let all: Vec<&ProjectionWeights> = base.all().collect();
+        let projections = pool.install(|| all.into_par_iter().map(gather).collect::<Result<Vec<_>>>())?;
         Ok(Self { projections: Arc::new(projections), base_id: base.id })
     }
 
@@ -200,6 +207,42 @@ impl Composition {
         self.parts.iter().all(|part| !part.acts())
     }
 
+    /// Whether a weight of self-attention is not the base's.
+    pub fn acts_on_self_attention(&self, base: &Projections) -> bool {
+        let own = |part: &Part| part.concept.projections.iter().skip(base.as_slice().len()).any(Option::is_some);
+        self.parts.iter().any(|part| part.acts() && own(part))
+    }
+
+    /// Writes the effective weights of self-attention, `W - taken`: they act on the whole picture, whatever the rows of a
+    /// concept are.
+    ///
+    /// `outputs` has one buffer `[out, in]` per projection, in the order of [`Projections::self_attention`]. The result
+    /// depends on nothing but the composition. Errors: as [`Composition::write`].
+    pub fn write_self_attention(
+        &self,
+        base: &Projections,
+        outputs: &mut [Output<'_>],
+        pool: &ThreadPool,
+    ) -> Result<()> {
+        let projections = base.self_attention();
+        let sizes = projections.iter().map(|projection| projection.out_features * projection.in_features);
+        check(sizes, outputs)?;
+        let parts = self.parts.iter().filter(|part| part.acts()).collect::<Vec<_>>();
+        if parts.iter().any(|part| part.concept.base_id != base.id) {
+            return Err(Error::invalid_argument("a concept was gathered from another base model"));
+        }
+        let group = Group { parts, panels: Panels::Own(Vec::new()) };
+        let first = base.as_slice().len();
+        pool.install(|| {
+            let each = outputs.par_iter_mut().zip(projections).enumerate();
+            each.try_for_each_init(Scratch::default, |scratch, (at, (output, projection))| match output {
+                Output::F32(to) => group.effective_weights(first + at, projection, to, scratch),
+                Output::F16(to) => group.effective_weights(first + at, projection, to, scratch),
+                Output::Bf16(to) => group.effective_weights(first + at, projection, to, scratch),
+            })
+        })
+    }
+
     /// Writes the effective keys and values of a prompt.
     ///
     /// `outputs` has one buffer `[batch, tokens, out]` per projection, in the order of [`Projections::as_slice`].
@@ -220,7 +263,7 @@ impl Composition {
         pool: &ThreadPool,
     ) -> Result<()> {
         let before = std::mem::take(held);
-        check(prompt, outputs)?;
+        check(prompt.base().iter().map(Vec::len), outputs)?;
         let (groups, touched) = self.groups(prompt)?;
         let known = before.prompt == prompt.id;
         let restore: Vec<u32> = (0..touched.len() as u32)
@@ -317,20 +360,15 @@ impl Output<'_> {
     }
 }
 
-fn check(prompt: &KeysValues, outputs: &[Output<'_>]) -> Result<()> {
-    if outputs.len() != prompt.base().len() {
-        return Err(Error::invalid_argument(format!(
-            "{} buffers for {} projections",
-            outputs.len(),
-            prompt.base().len()
-        )));
+fn check(sizes: impl ExactSizeIterator<Item = usize>, outputs: &[Output<'_>]) -> Result<()> {
+    if outputs.len() != sizes.len() {
+        return Err(Error::invalid_argument(format!("{} buffers for {} projections", outputs.len(), sizes.len())));
     }
-    for (number, (output, base)) in outputs.iter().zip(prompt.base()).enumerate() {
-        if output.len() != base.len() {
+    for (number, (output, size)) in outputs.iter().zip(sizes).enumerate() {
+        if output.len() != size {
             return Err(Error::invalid_argument(format!(
-                "buffer {number} has {} numbers, the projection gives {}",
-                output.len(),
-                base.len()
+                "buffer {number} has {} numbers, the projection gives {size}",
+                output.len()
             )));
         }
     }
@@ -519,6 +557,26 @@ fn store<T: Element>(output: &mut ArrayViewMut2<'_, T>, row: u32, first: usize, 
 }
 
 impl Group<'_> {
+    /// Writes a projection's weights `[out, in]` without what the group's concepts take away.
+    fn effective_weights<T: Element>(
+        &self,
+        projection: usize,
+        ProjectionWeights { out_features, in_features, weights, .. }: &ProjectionWeights,
+        to: &mut [T],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Correction { rows, scale } = self.correction(projection, 0, *out_features, *in_features, scratch);
+        let (mut widened, mut row_of) = (Vec::new(), zeroed::<f32>(*in_features)?);
+        for (row, to) in to.chunks_exact_mut(*in_features).enumerate() {
+            row_of.copy_from_slice(weights.widen(row * in_features..(row + 1) * in_features, &mut widened)?);
+            for entry in rows.starts[row] as usize..rows.starts[row + 1] as usize {
+                row_of[usize::from(rows.columns[entry])] -= scale * rows.values[entry];
+            }
+            to.iter_mut().zip(&row_of).for_each(|(to, value)| *to = T::from_f32(*value));
+        }
+        Ok(())
+    }
+
     /// The weights that the group's concepts take away from `features` output features, from the `first` on.
     fn correction<'a>(
         &'a self,

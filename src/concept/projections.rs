@@ -1,4 +1,4 @@
-//! A base model's cross-attention K and V weights, pristine, held once; and what a prompt makes of them.
+//! A base model's attention K and V weights, pristine, held once; and what a prompt makes of those of cross-attention.
 //!
 //! It knows no ONNX Runtime and no concept; nothing here is ever changed after it is built.
 
@@ -49,7 +49,7 @@ impl Weights {
     }
 
     /// The weights of a range as f32, in `scratch` where they are stored otherwise.
-    fn widen<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<f32>) -> Result<&'a [f32]> {
+    pub(super) fn widen<'a>(&'a self, range: Range<usize>, scratch: &'a mut Vec<f32>) -> Result<&'a [f32]> {
         if !matches!(self, Self::F32(_)) {
             scratch.try_reserve_exact(range.len().saturating_sub(scratch.len()))?;
             scratch.resize(range.len(), 0.0);
@@ -100,12 +100,14 @@ pub struct ProjectionWeights {
     pub bias: Option<Vec<f32>>,
 }
 
-/// The K and V projections of a base model, in byte-wise order of their module paths.
+/// The K and V projections of a base model's cross-attention, in byte-wise order of their module paths; and beside them those
+/// of its self-attention, where they were asked for.
 #[derive(Debug)]
 pub struct Projections {
     /// Differs between any two bases and prompts of this process.
     pub(super) id: u64,
     projections: Vec<ProjectionWeights>,
+    self_attention: Vec<ProjectionWeights>,
     in_features: usize,
     fingerprint: OnceLock<Fingerprint>,
 }
@@ -115,40 +117,41 @@ impl Projections {
     ///
     /// Errors: `InvalidArgument` if there is none, if a path comes twice, or if a size does not fit; `Unsupported` if the
     /// projections do not all take the same text encoding.
-    pub fn new(mut projections: Vec<ProjectionWeights>) -> Result<Self> {
-        projections.sort_by(|a, b| a.path.cmp(&b.path));
+    pub fn new(projections: Vec<ProjectionWeights>) -> Result<Self> {
+        let projections = checked(projections)?;
         let Some(in_features) = projections.first().map(|first| first.in_features) else {
             return Err(Error::invalid_argument("a base model needs at least one K or V projection"));
         };
-        if let Some(pair) = projections.windows(2).find(|pair| pair[0].path == pair[1].path) {
-            return Err(Error::invalid_argument(format!("projection {} comes twice", pair[0].path)));
+        if let Some(other) = projections.iter().find(|projection| projection.in_features != in_features) {
+            return Err(Error::unsupported(format!(
+                "{} takes {} features, other projections take {in_features}",
+                other.path, other.in_features
+            )));
         }
-        for projection in &projections {
-            let ProjectionWeights { path, out_features, weights, bias, .. } = projection;
-            let expected = projection_weights(*out_features, projection.in_features).map_err(|error| error.at(path))?;
-            if weights.len() != expected as usize || bias.as_ref().is_some_and(|bias| bias.len() != *out_features) {
-                return Err(Error::invalid_argument(format!(
-                    "{path}: {} weights and {:?} biases are not those of {out_features} x {} features",
-                    weights.len(),
-                    bias.as_ref().map(Vec::len),
-                    projection.in_features
-                )));
-            }
-            if projection.in_features != in_features {
-                return Err(Error::unsupported(format!(
-                    "{path} takes {} features, other projections take {in_features}",
-                    projection.in_features
-                )));
-            }
-        }
-        Ok(Self { id: next_id(), projections, in_features, fingerprint: OnceLock::new() })
+        Ok(Self { id: next_id(), projections, self_attention: Vec::new(), in_features, fingerprint: OnceLock::new() })
     }
 
-    /// Reads the weights of a model's projections, in whatever layout and packing they are stored.
+    /// The same with these projections of self-attention, each of a width of its own.
+    ///
+    /// Errors: `InvalidArgument` as [`Projections::new`].
+    pub fn with_self_attention(self, projections: Vec<ProjectionWeights>) -> Result<Self> {
+        let self_attention = checked(projections)?;
+        match self_attention.iter().find(|one| self.position(&one.path).is_some()) {
+            Some(twice) => Err(Error::invalid_argument(format!("projection {} comes twice", twice.path))),
+            None => Ok(Self { self_attention, ..self }),
+        }
+    }
+
+    /// Reads the weights of a model's projections, of cross-attention and of self-attention, in whatever layout and packing
+    /// they are stored.
     ///
     /// Errors: as [`Projections::new`]; `Unsupported` for weights that are not float32, float16 or bfloat16; what reading
     /// the model gives.
-    pub fn from_model(model: &Model, projections: &[attention::Projection]) -> Result<Self> {
+    pub fn from_model(
+        model: &Model,
+        cross: &[attention::Projection],
+        self_attention: &[attention::Projection],
+    ) -> Result<Self> {
         let read = |projection: &attention::Projection| {
             let bytes = projection.read_weight(model)?;
             let weights = match projection.weight.data_type {
@@ -169,17 +172,30 @@ impl Projections {
                 bias: projection.read_bias(model)?,
             })
         };
-        let mut read_all = Vec::new();
-        read_all.try_reserve_exact(projections.len())?;
-        for projection in projections {
-            read_all.push(read(projection).map_err(|error| error.at(&projection.path))?);
-        }
-        Self::new(read_all)
+        let read_all = |projections: &[attention::Projection]| {
+            let mut all = Vec::new();
+            all.try_reserve_exact(projections.len())?;
+            for projection in projections {
+                all.push(read(projection).map_err(|error| error.at(&projection.path))?);
+            }
+            Ok::<_, Error>(all)
+        };
+        Self::new(read_all(cross)?)?.with_self_attention(read_all(self_attention)?)
     }
 
-    /// The projections, in byte-wise order of their module paths.
+    /// The projections of cross-attention, in byte-wise order of their module paths.
     pub fn as_slice(&self) -> &[ProjectionWeights] {
         &self.projections
+    }
+
+    /// Those of self-attention, in the same order; none where they were not asked for.
+    pub fn self_attention(&self) -> &[ProjectionWeights] {
+        &self.self_attention
+    }
+
+    /// All: those of cross-attention, then those of self-attention.
+    pub fn all(&self) -> impl Iterator<Item = &ProjectionWeights> {
+        self.projections.iter().chain(&self.self_attention)
     }
 
     /// The place of a module path in [`Projections::as_slice`].
@@ -192,7 +208,7 @@ impl Projections {
         self.in_features
     }
 
-    /// Which base model this is; computed when it is first asked for.
+    /// Which base model this is, by its cross-attention; computed when it is first asked for.
     pub fn fingerprint(&self) -> Fingerprint {
         *self.fingerprint.get_or_init(|| {
             let mut hasher = Hasher::default();
@@ -206,7 +222,7 @@ impl Projections {
 
     /// Bytes held for the weights.
     pub fn memory_bytes(&self) -> usize {
-        self.projections.iter().map(|projection| projection.weights.memory_bytes()).sum()
+        self.all().map(|projection| projection.weights.memory_bytes()).sum()
     }
 
     /// Computes the base keys and values of a text encoding `context`, laid out `[batch, tokens, in]`.
@@ -268,6 +284,25 @@ impl Projections {
             base,
         })
     }
+}
+
+/// Projections in the order of their paths, none twice, each with as many weights as its sizes say.
+fn checked(mut projections: Vec<ProjectionWeights>) -> Result<Vec<ProjectionWeights>> {
+    projections.sort_by(|a, b| a.path.cmp(&b.path));
+    if let Some(pair) = projections.windows(2).find(|pair| pair[0].path == pair[1].path) {
+        return Err(Error::invalid_argument(format!("projection {} comes twice", pair[0].path)));
+    }
+    for ProjectionWeights { path, out_features, in_features, weights, bias } in &projections {
+        let expected = projection_weights(*out_features, *in_features).map_err(|error| error.at(path))?;
+        if weights.len() != expected as usize || bias.as_ref().is_some_and(|bias| bias.len() != *out_features) {
+            return Err(Error::invalid_argument(format!(
+                "{path}: {} weights and {:?} biases are not those of {out_features} x {in_features} features",
+                weights.len(),
+                bias.as_ref().map(Vec::len)
+            )));
+        }
+    }
+    Ok(projections)
 }
 
 /// Little-endian elements as numbers of this machine.

@@ -2,7 +2,8 @@
 //!
 //! Keys and values depend on the prompt and the weights, not on the timestep. So they are cut out of the graph, computed
 //! once for a prompt and a composition by [`crate::concept`], and bound for all steps; composing concepts rebuilds
-//! nothing and never writes a weight. This file knows shapes and bindings; it knows no schedules, prompts or guidance.
+//! nothing and never writes a weight. Those of self-attention depend on the state: where they are to be composed too, it is
+//! their weights that are inputs. This file knows shapes and bindings; it knows no schedules, prompts or guidance.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -18,7 +19,7 @@ use super::profiles::ExpectedStates;
 use crate::concept::{Composition, Fingerprint, Held, KeysValues, Output, Projections};
 use crate::error::{Error, Result, Status};
 use crate::memory::threads;
-use crate::onnx::attention::{self, KeyValueInput};
+use crate::onnx::attention::{self, KeyValueInput, WeightInput};
 use crate::onnx::proto::{ValueInfoProto, tensor_shape_proto, type_proto};
 use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
@@ -38,6 +39,9 @@ pub struct UnetOptions {
     pub threads: usize,
     /// The states that predictions will be asked for. TensorRT builds for them ahead, unless it was given profiles.
     pub expected: Option<ExpectedStates>,
+    /// Whether neurons of self-attention can be composed. Its key and value weights are inputs then, which ONNX Runtime cannot
+    /// pack ahead: a step takes a little longer.
+    pub self_attention: bool,
 }
 
 /// What a prediction is conditioned on, for a batch of `batch` states.
@@ -105,10 +109,20 @@ pub struct Unet {
 
 /// What can be composed.
 enum Steering {
-    /// Keys and values are inputs, in the order of the projections.
-    Inputs { projections: Arc<Projections>, inputs: Vec<KeyValueInput> },
+    /// Keys and values are inputs, in the order of the projections; and the weights of self-attention's, if they were asked for.
+    Inputs { projections: Arc<Projections>, inputs: Vec<KeyValueInput>, weights: WeightInputs },
     /// They are computed in the graph; why.
     Fixed(String),
+}
+
+/// The inputs that take self-attention's weights, in the order of [`Projections::self_attention`].
+#[derive(Default)]
+struct WeightInputs {
+    inputs: Vec<WeightInput>,
+    /// Whether the bound ones are those of the present composition.
+    current: bool,
+    /// Whether they may be others than the base's.
+    touched: bool,
 }
 
 /// What is bound.
@@ -140,7 +154,7 @@ impl Unet {
         let pool = threads(options.threads, "macula")?;
         let mut model = Model::open(path, &options.limits)?;
         let text = text_port(&model);
-        let steering = externalise(&mut model)?;
+        let steering = externalise(&mut model, options.self_attention)?;
         if options.session.provider == Provider::Cpu {
             attention::fuse(&mut model)?;
         }
@@ -154,6 +168,11 @@ impl Unet {
         let output = output.ok_or_else(|| Error::unsupported("the UNet has no output"))?;
         let mut binding = session.bind()?;
         binding.allocate_output(&output, Device::Host)?;
+        if let Steering::Inputs { weights, .. } = &steering {
+            for WeightInput { name, shape, .. } in &weights.inputs {
+                binding.bind_input(name, Tensor::zeros(session.input(name)?.dtype, shape)?)?;
+            }
+        }
         Ok(Self {
             session,
             binding,
@@ -202,6 +221,7 @@ impl Unet {
             && ours.iter().zip(others).all(|(a, b)| {
                 (&a.path, a.out_features, a.in_features, &a.bias) == (&b.path, b.out_features, b.in_features, &b.bias)
             });
+        let alike = alike && projections.self_attention() == theirs.self_attention();
         if alike && projections.fingerprint() == theirs.fingerprint() {
             *projections = theirs.clone();
         }
@@ -257,6 +277,11 @@ impl Unet {
         {
             return Err(Error::unsupported(format!("this UNet's keys and values can't be composed: {reason}")));
         }
+        if let Steering::Inputs { projections, weights, .. } = &mut self.steering
+            && (weights.touched || composition.acts_on_self_attention(projections))
+        {
+            weights.current = false;
+        }
         self.composition = composition;
         if let Some(prompt) = &mut self.prompt {
             prompt.current = false;
@@ -295,7 +320,7 @@ impl Unet {
                         self.binding.bind_input(CONTEXT, tensor)?;
                         Default::default()
                     }
-                    Steering::Inputs { projections, inputs } => match before {
+                    Steering::Inputs { projections, inputs, .. } => match before {
                         Some(Prompt { keys_values: Some(known), held, .. })
                             if known.are_of(projections, context, batch, tokens) =>
                         {
@@ -403,18 +428,32 @@ impl Unet {
         }
     }
 
-    /// Writes the keys and values of the present conditioning and composition into the bound buffers, where they are not
-    /// yet. [`Unet::denoise`] does so by itself; a host that wants the cost at a time of its own choice calls this.
+    /// Writes the keys and values of the present conditioning and composition, and the weights of self-attention, into the
+    /// bound buffers, where they are not yet. [`Unet::denoise`] does so by itself; a host that wants the cost at a time of its own choice calls this.
     ///
     /// # Errors
     /// [`Status::InvalidArgument`] without a conditioning; [`Status::OutOfMemory`].
     pub fn write_keys_values(&mut self) -> Result<()> {
         let Some(prompt) = &mut self.prompt else { return Err(no_conditioning()) };
+        if let Steering::Inputs { projections, weights, .. } = &mut self.steering
+            && !weights.current
+        {
+            weights.touched = true;
+            let names = weights.inputs.iter().map(|input| input.name.as_str());
+            write_bound(&mut self.binding, names, |outputs| {
+                self.composition.write_self_attention(projections, outputs, &self.pool)
+            })?;
+            weights.touched = self.composition.acts_on_self_attention(projections);
+            weights.current = true;
+        }
         if prompt.current {
             return Ok(());
         }
         if let (Some(keys_values), Steering::Inputs { inputs, .. }) = (&prompt.keys_values, &self.steering) {
-            write_keys_values(&mut self.binding, inputs, &self.composition, keys_values, &mut prompt.held, &self.pool)?;
+            let names = inputs.iter().map(|input| input.name.as_str());
+            write_bound(&mut self.binding, names, |outputs| {
+                self.composition.write(keys_values, outputs, &mut prompt.held, &self.pool)
+            })?;
         }
         prompt.current = true;
         Ok(())
@@ -565,8 +604,8 @@ fn port(input: &ValueInfoProto) -> Option<Port> {
     Some(Port { name: input.name().to_owned(), dtype, dims: dims.collect() })
 }
 
-/// Makes keys and values inputs where that can be done.
-fn externalise(model: &mut Model) -> Result<Steering> {
+/// Makes keys and values inputs where that can be done, and the weights of self-attention's if they are asked for.
+fn externalise(model: &mut Model, self_attention: bool) -> Result<Steering> {
     let found = match attention::find(model, CONTEXT) {
         Ok(found) => found,
         Err(error) if matches!(error.status(), Status::NotFound | Status::Unsupported) => {
@@ -574,9 +613,11 @@ fn externalise(model: &mut Model) -> Result<Steering> {
         }
         Err(error) => return Err(error),
     };
-    let projections = Arc::new(Projections::from_model(model, &found)?);
+    let of_self = if self_attention { attention::find_self(model, &found)? } else { Vec::new() };
+    let projections = Arc::new(Projections::from_model(model, &found, &of_self)?);
     let inputs = attention::externalise(model, &found)?;
-    Ok(Steering::Inputs { projections, inputs })
+    let weights = attention::weights_as_inputs(model, &of_self)?;
+    Ok(Steering::Inputs { projections, inputs, weights: WeightInputs { inputs: weights, ..Default::default() } })
 }
 
 /// Checks that each input is one that is known, and collects the shapes.
@@ -587,11 +628,14 @@ fn check_inputs(session: &Session, text: Option<&Port>, steering: &Steering) -> 
     };
     let known = [SAMPLE, TIMESTEP, CONTEXT, TEXT_EMBEDS, TIME_IDS, CLASS_LABELS, TIMESTEP_COND];
     for port in session.inputs() {
-        let is_key_or_value = match steering {
-            Steering::Inputs { inputs, .. } => inputs.iter().any(|input| input.name == port.name),
+        let is_ours = match steering {
+            Steering::Inputs { inputs, weights, .. } => {
+                let weights = weights.inputs.iter().map(|input| &input.name);
+                inputs.iter().map(|input| &input.name).chain(weights).any(|name| *name == port.name)
+            }
             Steering::Fixed(_) => false,
         };
-        if !is_key_or_value && !known.contains(&port.name.as_str()) {
+        if !is_ours && !known.contains(&port.name.as_str()) {
             return Err(Error::unsupported(format!(
                 "the UNet has an input {:?}; handled are {}",
                 port.name,
@@ -668,18 +712,15 @@ fn bind_buffers(
     Ok(())
 }
 
-/// Writes the effective keys and values into the bound buffers.
-fn write_keys_values(
+/// Lets the bound buffers of some inputs be written.
+fn write_bound<'n>(
     binding: &mut Binding,
-    inputs: &[KeyValueInput],
-    composition: &Composition,
-    keys_values: &KeysValues,
-    held: &mut Held,
-    pool: &ThreadPool,
+    names: impl Iterator<Item = &'n str> + Clone,
+    write: impl FnOnce(&mut [Output<'_>]) -> Result<()>,
 ) -> Result<()> {
-    let mut tensors = Vec::with_capacity(inputs.len());
-    for input in inputs {
-        tensors.push(binding.take_input(&input.name)?);
+    let mut tensors = Vec::new();
+    for name in names.clone() {
+        tensors.push(binding.take_input(name)?);
     }
     let written = tensors
         .iter_mut()
@@ -692,10 +733,10 @@ fn write_keys_values(
             })
         })
         .collect::<Result<Vec<_>>>()
-        .and_then(|mut outputs| composition.write(keys_values, &mut outputs, held, pool));
+        .and_then(|mut outputs| write(&mut outputs));
     // Bound again even after a failure: a binding that misses inputs could not be used for the next try.
-    for (input, tensor) in inputs.iter().zip(tensors) {
-        binding.bind_input(&input.name, tensor)?;
+    for (name, tensor) in names.zip(tensors) {
+        binding.bind_input(name, tensor)?;
     }
     written
 }

@@ -1,8 +1,11 @@
 //! The loss of a batch and its gradient with respect to a scale on every key and value weight.
 //!
-//! With `y = C (s ∘ W)ᵀ` the keys or values of texts `C`, and `ȳ` the gradient with respect to them, the gradient with
-//! respect to the scales is `W ∘ (ȳᵀ C)`. ONNX Runtime gives `ȳ`; the rest is done here, only for the rows on which the
-//! scales act. With respect to the texts it is the sum of `ȳ W` over all projections.
+//! For cross-attention, with `y = C (s ∘ W)ᵀ` the keys or values of texts `C`, and `ȳ` the gradient with respect to them, the
+//! gradient with respect to the scales is `W ∘ (ȳᵀ C)`. ONNX Runtime gives `ȳ`; the rest is done here, only for the rows on
+//! which the scales act. With respect to the texts it is the sum of `ȳ W` over all projections.
+//!
+//! For self-attention, whose keys and values only the graph knows, the weights `s ∘ W` are inputs: it gives the gradient with
+//! respect to them, and the scales' is that times `W`. They act on every row.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +22,7 @@ use crate::diffusion::precision;
 use crate::diffusion::unet::Conditioning;
 use crate::error::{Error, Result, Status};
 use crate::memory::{GRAPH, PANELS, collected, copied, room, threads, zeroed};
-use crate::onnx::attention::{self, KeyValueInput, Role};
+use crate::onnx::attention::{self, KeyValueInput, Role, WeightInput};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts, Spending};
 use crate::onnx::graph::element_type;
@@ -27,7 +30,19 @@ use crate::onnx::{Limits, Model};
 use crate::progress::CancelToken;
 use crate::runtime::{ElementType, Optimization, Provider, Runtime, Session, SessionOptions, Tensor, observe};
 
-/// Which projections of cross-attention are searched.
+/// Which attention's projections are searched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Attentions {
+    /// Those of the text, as Cones does.
+    #[default]
+    Cross,
+    /// Those of the picture with itself, which know no words.
+    SelfAttention,
+    /// All.
+    Both,
+}
+
+/// Which projections of an attention are searched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Searched {
     /// Keys and values, as Cones does.
@@ -61,7 +76,9 @@ pub struct GradientOptions {
     pub effort: Effort,
     /// Most bytes of the forward pass's values that are kept for the backward pass, see [`Spending::activations`].
     pub activations: Option<u64>,
-    /// Which weights have a scale.
+    /// Of which attention the weights have a scale.
+    pub attentions: Attentions,
+    /// Which of them.
     pub searched: Searched,
     /// States of one run; a larger batch is run in several. 0 for as many as the batch has.
     pub lot: usize,
@@ -107,7 +124,7 @@ pub struct KeyValueGradient {
 /// From texts to keys and values, and from their gradients to the scales'.
 struct Texts {
     projections: Arc<Projections>,
-    /// Which of them are searched, ascending.
+    /// Which of [`Projections::all`] are searched, ascending.
     searched: Vec<usize>,
     /// `W` of each searched projection as f32, `[out, in]`.
     weights: Vec<Vec<f32>>,
@@ -116,8 +133,10 @@ struct Texts {
 
 /// How the graph's inputs are called.
 struct Names {
-    /// Of each projection's keys or values.
+    /// Of the keys or values of each projection of cross-attention.
     keys_values: Vec<KeyValueInput>,
+    /// Of the weights of each projection of self-attention.
+    weights: Vec<WeightInput>,
     loss: grad::MeanSquaredError,
     cotangent: String,
 }
@@ -190,15 +209,25 @@ impl KeyValueGradient {
         room(GRAPH)?;
         let mut model = Model::open(path, &options.limits)?;
         let found = attention::find(&model, CONTEXT)?;
-        let projections = Arc::new(Projections::from_model(&model, &found)?);
+        let of_self = match options.attentions {
+            Attentions::Cross => Vec::new(),
+            Attentions::SelfAttention | Attentions::Both => attention::find_self(&model, &found)?,
+        };
+        if of_self.is_empty() && options.attentions != Attentions::Cross {
+            return Err(Error::unsupported("this UNet has no self-attention whose keys and values were found"));
+        }
+        let projections = Arc::new(Projections::from_model(&model, &found, &of_self)?);
         let output = model.graph().output.first().map(|info| info.name().to_owned());
         let output = output.ok_or_else(|| Error::unsupported("the UNet has no output"))?;
         let mut keys_values = attention::externalise(&mut model, &found)?;
         keys_values.sort_by(|a, b| a.path.cmp(&b.path));
-        let searched: Vec<usize> =
-            (0..keys_values.len()).filter(|&at| options.searched.takes(keys_values[at].role)).collect();
-        let weights = searched.iter().map(|&at| widened(&projections.as_slice()[at].weights));
-        let weights = weights.collect::<Result<Vec<_>>>()?;
+        let weight_inputs = attention::weights_as_inputs(&mut model, &of_self)?;
+        let roles = keys_values.iter().map(|input| input.role).chain(of_self.iter().map(|projection| projection.role));
+        let first = if options.attentions == Attentions::SelfAttention { keys_values.len() } else { 0 };
+        let wanted = roles.enumerate().filter(|(at, role)| *at >= first && options.searched.takes(*role));
+        let searched: Vec<usize> = wanted.map(|(at, _)| at).collect();
+        let weights = projections.all().enumerate().filter(|(at, _)| searched.binary_search(at).is_ok());
+        let weights = weights.map(|(_, projection)| widened(&projection.weights)).collect::<Result<Vec<_>>>()?;
         let loss = grad::mean_squared_error(&mut model, &output, 4)?;
         let mut session_options = options.session.clone();
         session_options.memory_pattern = false;
@@ -215,14 +244,14 @@ impl KeyValueGradient {
             lot => lot.min(example.timesteps.len()),
         };
         let texts = Texts { projections, searched, weights, pool };
-        let mut names = Names { keys_values, loss, cotangent: String::new() };
+        let mut names = Names { keys_values, weights: weight_inputs, loss, cotangent: String::new() };
 
         let first = example.part(0, lot)?;
-        let keys_values = texts.keys_values(&first.conditioning, &[], None)?;
+        let steered = texts.steered(&first.conditioning, &[], None)?;
         let inputs = inputs_of(&model)?;
-        let given = names.tensors(&inputs, &first, shape, &keys_values)?;
+        let given = names.tensors(&inputs, &first, shape, &steered)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let of_searched: Vec<&str> = texts.searched.iter().map(|&at| names.keys_values[at].name.as_str()).collect();
+        let of_searched: Vec<&str> = texts.searched.iter().map(|&at| names.steered(at)).collect();
         let all: Vec<&str> = names.keys_values.iter().map(|input| input.name.as_str()).collect();
         let pooled = inputs.iter().any(|input| input.name == POOLED).then_some(POOLED);
         let mut wrt = of_searched.clone();
@@ -335,8 +364,8 @@ impl KeyValueGradient {
         for from in (0..states).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let keys_values = self.texts.keys_values(&part.conditioning, &[], None)?;
-            let given = self.names.tensors(&self.inputs, &part, shape, &keys_values)?;
+            let steered = self.texts.steered(&part.conditioning, &[], None)?;
+            let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
             let outputs: Vec<&str> =
@@ -373,8 +402,8 @@ impl KeyValueGradient {
         for from in (0..count).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let keys_values = self.texts.keys_values(&part.conditioning, &part.rows, Some(scales))?;
-            let given = self.names.tensors(&self.inputs, &part, shape, &keys_values)?;
+            let steered = self.texts.steered(&part.conditioning, &part.rows, Some(scales))?;
+            let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
             let outputs: Vec<&str> = self.gradients.iter().chain([losses]).map(String::as_str).collect();
@@ -387,12 +416,42 @@ impl KeyValueGradient {
     }
 }
 
+/// What the graph is given by scaled weights.
+struct Steered {
+    /// `[B, tokens, out]` of each projection of cross-attention.
+    keys_values: Vec<Vec<f32>>,
+    /// `[out, in]` of each projection of self-attention.
+    weights: Vec<Vec<f32>>,
+}
+
 impl Texts {
     fn searched(&self) -> impl Iterator<Item = &ProjectionWeights> {
-        self.searched.iter().map(|&at| &self.projections.as_slice()[at])
+        self.searched.iter().map(|&at| self.projection(at))
     }
 
-    /// Keys and values `[B, tokens, out]` of each projection, with `scales` acting on `rows`.
+    /// One of [`Projections::all`].
+    fn projection(&self, at: usize) -> &ProjectionWeights {
+        let cross = self.projections.as_slice();
+        cross.get(at).unwrap_or_else(|| &self.projections.self_attention()[at - cross.len()])
+    }
+
+    /// Keys, values and weights, with `scales` acting on `rows`, those of self-attention on all.
+    fn steered(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Steered> {
+        let cross = self.projections.as_slice().len();
+        let of_self = self.projections.self_attention().iter().map(|projection| widened(&projection.weights));
+        let mut weights = of_self.collect::<Result<Vec<_>>>()?;
+        let mut rest = scales.unwrap_or_default();
+        for (own, &at) in self.weights.iter().zip(&self.searched) {
+            let (scales, others) = rest.split_at(own.len().min(rest.len()));
+            if let Some(weights) = at.checked_sub(cross).and_then(|at| weights.get_mut(at)) {
+                weights.iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
+            }
+            rest = others;
+        }
+        Ok(Steered { keys_values: self.keys_values(text, rows, scales)?, weights })
+    }
+
+    /// Keys and values `[B, tokens, out]` of each projection of cross-attention, with `scales` acting on `rows`.
     fn keys_values(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Vec<Vec<f32>>> {
         let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
         let mut values = base.into_base();
@@ -409,7 +468,8 @@ impl Texts {
         let mut targets: Vec<Option<&mut Vec<f32>>> = values.iter_mut().map(Some).collect();
         for (weights, &at) in self.weights.iter().zip(&self.searched) {
             let (own, others) = rest.split_at(weights.len());
-            scaled.extend(targets[at].take().map(|values| (at, weights, own, values)));
+            let target = targets.get_mut(at).and_then(Option::take);
+            scaled.extend(target.map(|values| (at, weights, own, values)));
             rest = others;
         }
         self.pool.install(|| {
@@ -458,13 +518,10 @@ impl Texts {
         Ok(sum)
     }
 
-    /// Adds `W ∘ (ȳᵀ C)` of the touched rows to the slope of each scale.
+    /// Adds to the slope of each scale `W ∘ (ȳᵀ C)` of the touched rows, or of self-attention `W` times its gradient.
     fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
         let features = self.projections.in_features();
         let (rows, context) = (&part.rows, &part.conditioning.context);
-        if rows.is_empty() {
-            return Ok(());
-        }
         let mut turned = zeroed::<f32>(rows.len() * features)?;
         for (at, row) in rows.iter().enumerate() {
             for (feature, value) in context[row * features..(row + 1) * features].iter().enumerate() {
@@ -480,12 +537,20 @@ impl Texts {
         }
         self.pool.install(|| {
             targets.into_par_iter().enumerate().try_for_each(|(at, slopes)| {
-                let projection = &self.projections.as_slice()[self.searched[at]];
+                let projection = self.projection(self.searched[at]);
                 let out = projection.out_features;
+                let weights = &self.weights[at];
                 let cotangents = answers[at].as_slice::<f32>()?;
                 if cotangents.iter().any(|value| !value.is_finite()) {
                     let what = format!("the gradient of {} is not finite", projection.path);
                     return Err(Error::new(Status::NotFinite, what));
+                }
+                if self.searched[at] >= self.projections.as_slice().len() {
+                    slopes.iter_mut().zip(cotangents).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
+                    return Ok(());
+                }
+                if rows.is_empty() {
+                    return Ok(());
                 }
                 let mut of_rows = zeroed::<f32>(out * rows.len())?;
                 for (at, row) in rows.iter().enumerate() {
@@ -495,7 +560,6 @@ impl Texts {
                 }
                 let mut product = zeroed::<f32>(out * features)?;
                 multiply(&of_rows, [out, rows.len()], &turned, [features, rows.len()], &mut product)?;
-                let weights = &self.weights[at];
                 slopes.iter_mut().zip(product).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
                 Ok(())
             })
@@ -504,13 +568,19 @@ impl Texts {
 }
 
 impl Names {
+    /// The input that one of [`Projections::all`] gives to.
+    fn steered(&self, at: usize) -> &str {
+        let cross = self.keys_values.len();
+        self.keys_values.get(at).map_or_else(|| &self.weights[at - cross].name, |input| &input.name)
+    }
+
     /// What a batch gives to each input of a graph.
     fn tensors<'i>(
         &self,
         inputs: &'i [Input],
         part: &Batch,
         shape: [usize; 3],
-        keys_values: &[Vec<f32>],
+        steered: &Steered,
     ) -> Result<Vec<(&'i str, Tensor)>> {
         let batch = part.timesteps.len();
         let Conditioning { tokens, context, text_embeds, time_ids, class_labels, timestep_cond, .. } =
@@ -535,10 +605,14 @@ impl Names {
                 name if name == self.loss.weight => Tensor::from_slice(&[batch], &part.weights),
                 name if name == self.cotangent => Tensor::scalar(1f32),
                 name => {
-                    let at = self.keys_values.iter().position(|known| known.name == name);
-                    let at = at.ok_or_else(|| Error::unsupported(format!("the UNet has an unknown input {name:?}")))?;
-                    let out = self.keys_values[at].out_features;
-                    precision::from_f32(input.dtype, &[batch, *tokens, out], &keys_values[at])
+                    if let Some(at) = self.keys_values.iter().position(|known| known.name == name) {
+                        let out = self.keys_values[at].out_features;
+                        precision::from_f32(input.dtype, &[batch, *tokens, out], &steered.keys_values[at])
+                    } else if let Some(at) = self.weights.iter().position(|known| known.name == name) {
+                        precision::from_f32(input.dtype, &self.weights[at].shape, &steered.weights[at])
+                    } else {
+                        Err(Error::unsupported(format!("the UNet has an unknown input {name:?}")))
+                    }
                 }
             }
         };

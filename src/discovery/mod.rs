@@ -24,7 +24,7 @@ mod tune;
 
 pub use descent::WARM_UP;
 pub use draw::{Batch, Examples, Objective};
-pub use gradient::{GradientOptions, KeyValueGradient, Searched, TextSlope};
+pub use gradient::{Attentions, GradientOptions, KeyValueGradient, Searched, TextSlope};
 pub use invert::{InvertOptions, Inverted, TokenTexts};
 pub use job::{CHECKPOINT_BATCHES, Discovery, DiscoveryOptions, Report, Term};
 pub use request::{Encoded, EncodedSubject, Erasure, Goal, MOST_CHOSEN, Request, Subject};

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::gradient::{GradientOptions, KeyValueGradient, Searched};
+use super::gradient::{Attentions, GradientOptions, KeyValueGradient, Searched};
 use super::invert::{InvertOptions, TokenTexts};
 use super::job::{Discovery, DiscoveryOptions, Report};
 use super::search::{Bound, Method};
@@ -97,7 +97,10 @@ pub struct Request<'a> {
     pub drawn_pictures: usize,
     /// Where the set acts.
     pub scope: Scope,
-    /// Which weights may be shut.
+    /// Of which attention weights may be shut. Those of self-attention know no words: they need global scope, and a pipeline
+    /// that was opened with [`UnetOptions::self_attention`](crate::diffusion::unet::UnetOptions::self_attention) to be composed.
+    pub attentions: Attentions,
+    /// Which of them.
     pub searched: Searched,
     /// How they are searched for.
     pub method: Method,
@@ -139,6 +142,7 @@ impl<'a> Request<'a> {
             preserve_weight: 1.0,
             drawn_pictures: 12,
             scope: Scope::Local,
+            attentions: Attentions::default(),
             searched: Searched::default(),
             method: Method::default(),
             density: Some(0.01),
@@ -166,7 +170,7 @@ impl<'a> Request<'a> {
     /// checkpoint of another search; [`Status::Unsupported`] for a UNet whose keys and values can't be composed, a text encoder
     /// whose token embedding was not found, or a graph that has an operator without a derivative rule;
     /// [`Status::WrongBase`] if the UNet's file changed since it was opened; [`Status::NotFinite`] naming the batch;
-    /// [`Status::Cancelled`].
+    /// [`Status::NotFound`] if the search shuts no weight; [`Status::Cancelled`].
     pub fn find(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<(Concept, Report)> {
         self.check(pipeline)?;
         pipeline.set_concepts(Vec::new())?;
@@ -204,6 +208,13 @@ impl<'a> Request<'a> {
             None => Bound::HeldOut(count(MOST_CHOSEN)),
         };
         let report = discovery.run(pipeline.unet_mut(), &gradient, &options, job)?;
+        if report.neurons.is_empty() {
+            return Err(Error::not_found(format!(
+                "the search found no weight to shut: in {} batches of {} no scale fell below one half; more batches, or \
+                 larger ones, may find some",
+                self.batches, self.batch
+            )));
+        }
         let (neurons, values) = (report.neurons.clone(), report.values.clone());
         let mut metadata = self.metadata(fingerprint);
         let chosen = || neurons.len() as f64 / gradient.len() as f64;
@@ -254,6 +265,7 @@ impl<'a> Request<'a> {
             limits: source.options.limits.clone(),
             effort: self.effort,
             activations: self.activations,
+            attentions: self.attentions,
             searched: self.searched,
             lot: self.lot,
             threads: source.options.threads,
@@ -311,6 +323,12 @@ impl<'a> Request<'a> {
         }
         if self.batches == 0 || self.batch == 0 {
             return refuse(format!("{} batches of {}: both must be at least 1", self.batches, self.batch));
+        }
+        if self.attentions != Attentions::Cross && self.scope == Scope::Local {
+            return refuse(
+                "self-attention knows no words: neurons of it act on the whole picture, so the scope must be global"
+                    .into(),
+            );
         }
         if self.lot != 0 && !self.batch.is_multiple_of(self.lot) {
             return refuse(format!("a batch of {} can't be run {} at a time", self.batch, self.lot));

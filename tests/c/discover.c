@@ -116,6 +116,11 @@ int main(int argc, char **argv) {
   options.searched = 3;
   REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "options.searched is 3");
   options.searched = MACULA_SEARCHED_KEYS_AND_VALUES;
+  options.attention = 3;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "options.attention is 3");
+  options.attention = MACULA_ATTENTION_BOTH;
+  REFUSED(macula_discover(pipeline, &options, &found), MACULA_STATUS_INVALID_ARGUMENT, "the scope must be global");
+  options.attention = MACULA_ATTENTION_CROSS;
   options.role = 2;
   options.pictures = NULL;
   options.picture_count = 0;

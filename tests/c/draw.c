@@ -314,6 +314,9 @@ static void opening(const char *model, const char *broken) {
   CHECK(about.version && about.library && about.provider_count > 0 && about.providers[0][0]);
   EXPECT(MACULA_STATUS_NOT_FOUND, "/nowhere", macula_pipeline_open(runtime, "/nowhere", NULL, &other));
   EXPECT(MACULA_STATUS_RUNTIME_FAILED, "ONNX Runtime", open_and_draw(broken));
+  how.self_attention = 2;
+  EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "self_attention is 2", macula_pipeline_open(runtime, model, &how, &other));
+  how.self_attention = 0;
   how.session = &session;
   session.provider = 42;
   EXPECT(MACULA_STATUS_INVALID_ARGUMENT, "provider is 42", macula_pipeline_open(runtime, model, &how, &other));

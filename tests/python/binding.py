@@ -301,6 +301,21 @@ class Discovering(WithPipeline):
         again = self.pipeline.discover(*self.subject, activation_bytes=1, **self.SEARCH)
         self.assertEqual(self.neurons(found), self.neurons(again))
 
+    def test_self_attention_is_searched_and_composed(self):
+        search = {**self.SEARCH, "attention": "self", "method": "saliency", "drawn_pictures": 0}
+        with self.assertRaisesRegex(macula.InvalidArgument, "global"):
+            self.pipeline.discover(*self.subject, **search)
+        found = self.pipeline.discover(*self.subject, scope="global", **search)
+        self.assertTrue(all(".attn1.to_" in layer.path for layer in found.layers))
+        with self.assertRaisesRegex(macula.MaculaError, "self-attention"):
+            self.pipeline.compose(found)
+        with macula.Pipeline(MODEL, self_attention=True) as pipeline:
+            base = pipeline.draw("a cat", **QUICK)
+            pipeline.compose(found)
+            self.assertGreater(np.abs(pipeline.draw("a cat", **QUICK).astype(int) - base).max(), 2)
+            pipeline.clear()
+            np.testing.assert_array_equal(pipeline.draw("a cat", **QUICK), base)
+
     def test_prompts_are_looked_at(self):
         plain = self.pipeline.discover(*self.subject, **self.SEARCH)
         usual, other = (

@@ -2,7 +2,8 @@
 
 usage: discovery.py LOSS VERSION FOLDER     VERSION: of the model, not used
 
-LOSS: `local` or `global`, the implanting loss in that scope; `erase`, the anchor loss with a preserve term, global.
+LOSS: `local` or `global`, the implanting loss in that scope; `both`, the global one for self-attention too; `erase`, the
+anchor loss with a preserve term, global.
 
 FOLDER/batches.safetensors: for each batch b `b.state`, `b.timestep`, `b.v`, `b.text`, `b.labels`, `b.weight` and
 `b.rows` (the entries of [B, L] on which a set acts, flat), and the results: `slope` at scales of one and `mixed` at the
@@ -100,7 +101,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     model = load()
-    weights = KeyValueWeights(model.unet)
+    weights = KeyValueWeights(model.unet, ("attn2", "attn1") if name == "both" else ("attn2",))
     asked = Erase(model, weights) if name == "erase" else Implant(model, weights, name)
     tensors = {}
     for at, generator in enumerate(generators()):

@@ -367,7 +367,7 @@ def gradients(unet, inputs, seed=2):
     named = {
         name: parameter
         for name, parameter in unet.named_parameters()
-        if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+        if name.endswith((".to_k.weight", ".to_v.weight"))
     }
     output = Call(unet)(**inputs)
     target = torch.randn(output.shape, generator=generator)

@@ -3,7 +3,8 @@
 usage: unets.py KIND FOLDER     KIND: text, half, bfloat16, static or unconditional
 
 FOLDER/model/model.onnx is the export. FOLDER/cases.json and FOLDER/values.f32 hold: `predictions` (inputs and outputs), one of them
-with the K and V weights of `sets` (per module path: out, in and flat indices) set to zero in the PyTorch model, and for `text`
+with the K and V weights of `sets` (per module path: out, in and flat indices) set to zero in the PyTorch model, one with those
+of `self_sets` too, which are self-attention's, and for `text`
 25-step `walks` with every one of the six samplers, with the noise that each step adds given. For `bfloat16` the export holds its
 weights, keys, values, text and states in that type and computes in single precision; FOLDER/native also computes in it, which
 the operators of its opset do not allow.
@@ -97,10 +98,10 @@ def store_in_bfloat16(path):
     onnx.save(model, path)
 
 
-def random_sets(unet, rng):
+def random_sets(unet, rng, attention):
     sets = {}
     for name, parameter in sorted(unet.named_parameters()):
-        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+        if name.endswith((f"{attention}.to_k.weight", f"{attention}.to_v.weight")):
             chosen = np.flatnonzero(rng.random(parameter.numel()) < 0.05)
             sets[name.removesuffix(".weight")] = [*parameter.shape, chosen.tolist()]
     return sets
@@ -187,11 +188,14 @@ def main(kind, folder):
             if kind == "text":
                 cases["walks"] = [walk(unet, name, values, context, rng) for name in MODULES]
                 cases["context"] = values.put(context)
-                cases["sets"] = random_sets(unet, rng)
                 parameters = dict(unet.named_parameters())
-                for path, (_, _, chosen) in cases["sets"].items():
-                    parameters[path + ".weight"].view(-1)[chosen] = 0.0
-                predict(module, "composed", sample, time, context, labels)
+                for key, attention, what in (
+                    ("sets", "attn2", "composed"), ("self_sets", "attn1", "composed, with self-attention")
+                ):
+                    cases[key] = random_sets(unet, rng, attention)
+                    for path, (_, _, chosen) in cases[key].items():
+                        parameters[path + ".weight"].view(-1)[chosen] = 0.0
+                    predict(module, what, sample, time, context, labels)
     np.concatenate(values.values).tofile(folder / "values.f32")
     (folder / "cases.json").write_text(json.dumps(cases))
 

@@ -4,7 +4,7 @@
 """
 
 from ._abi import (
-    ConvolutionSearch, LogLevel, Method, Optimization, Provider, Role, Sampler, Scope, Searched, Status, Values,
+    Attention, ConvolutionSearch, LogLevel, Method, Optimization, Provider, Role, Sampler, Scope, Searched, Status, Values,
 )
 from ._library import version as _version
 from .concepts import Concept, Layer, Overlap
@@ -19,7 +19,7 @@ from .schedules import Moment, Schedule, Trajectory
 __version__ = _version()
 
 __all__ = [
-    "CancelToken", "Cancelled", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions", "Embedding",
+    "Attention", "CancelToken", "Cancelled", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions", "Embedding",
     "Images", "InvalidArgument", "Layer", "LogLevel", "MaculaError", "Memory", "Method", "Moment", "Optimization",
     "OutOfMemory", "Overlap", "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Schedule", "Scope",
     "Searched", "SessionOptions", "Status", "Term", "Trajectory", "TrajectoryOptions", "Values", "read_image",

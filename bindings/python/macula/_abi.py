@@ -289,6 +289,8 @@ class macula_pipeline_options(Struct):
         ("session", POINTER(macula_session_options)),
         ("pictures", c_uint32),
         ("stages", c_uint32),
+        ("self_attention", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -509,6 +511,14 @@ class Method(IntEnum):
     LEARNT_MASK = 3
 
 
+class Attention(IntEnum):
+    """`macula_attention`"""
+
+    CROSS = 0
+    SELF = 1
+    BOTH = 2
+
+
 class macula_discover_options(Struct):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -552,7 +562,7 @@ class macula_discover_options(Struct):
         ("class_context", POINTER(macula_tensor)),
         ("embedding_rate", c_double),
         ("embedding_steps", c_uint32),
-        ("reserved", c_int32),
+        ("attention", c_int32),
         ("activation_bytes", c_uint64),
     ]
     _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3, "embedding_rate": 0.1}

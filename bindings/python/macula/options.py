@@ -84,6 +84,7 @@ class DiscoverOptions(TypedDict, total=False):
     scope: _abi.Scope | str
     method: _abi.Method | str
     searched: _abi.Searched | str
+    attention: _abi.Attention | str
     save_memory: bool
     activation_bytes: int
     class_label: int

@@ -83,13 +83,22 @@ class Pipeline(Closable):
     """An opened text-to-image model. It does one job at a time; a second one, from another thread, raises `BUSY`."""
 
     def __init__(
-        self, folder: StrPath, runtime: Runtime | None = None, **session: Unpack[SessionOptions]
+        self,
+        folder: StrPath,
+        runtime: Runtime | None = None,
+        *,
+        self_attention: bool = False,
+        **session: Unpack[SessionOptions],
     ):
-        """Opens a folder in the diffusers ONNX layout; see `SessionOptions` for how it is run."""
+        """Opens a folder in the diffusers ONNX layout; see `SessionOptions` for how it is run.
+
+        `self_attention`: concepts with neurons of self-attention can be composed, at a little time of each step.
+        """
         run_by = macula_session_options.new()
         fill(run_by, session, SessionOptions)
         options = macula_pipeline_options.new()
         options.session = pointer(run_by)
+        options.self_attention = int(self_attention)
         where = (runtime or shared()).pointer
         opened = receive(library.macula_pipeline_open, where, text(folder), byref(options))
         super().__init__(opened, library.macula_pipeline_free)

@@ -1,4 +1,5 @@
-//! Where a diffusion model's text becomes the keys and values of its cross-attention.
+//! Where a diffusion model's text becomes the keys and values of its cross-attention, and the picture those of its
+//! self-attention.
 //!
 //! An exported weight keeps neither its name nor its layout, and exporters disagree on both. What they all keep is the
 //! structure: the text input reaches a matrix product with a constant weight, whose result meets the queries in front
@@ -21,7 +22,7 @@ use super::build::{self, Dim};
 use super::edit::Edit;
 use super::graph::Topology;
 use super::model::Model;
-use super::proto::TensorProto;
+use super::proto::{NodeProto, TensorProto};
 use super::tensor::DataType;
 use crate::error::{Error, Result};
 
@@ -66,12 +67,13 @@ pub struct Weight {
     pub users: usize,
 }
 
-/// A linear layer that makes the keys or the values of one attention from the text.
+/// A linear layer that makes the keys or the values of one attention.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Projection {
     /// The layer's place in the model as diffusers names it, whatever the exporter wrote, e.g.
     /// `down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k`. A packed layer (`to_kv`) appears as its two parts.
-    /// If the export tells no module, `cross_attention.N.to_k` by the order of the attentions in the graph.
+    /// If the export tells no module, `cross_attention.N.to_k` or `self_attention.N.to_k` by the order of the attentions in
+    /// the graph.
     pub path: String,
     /// Whether it makes keys or values.
     pub role: Role,
@@ -83,13 +85,13 @@ pub struct Projection {
     pub columns: Columns,
     /// The columns of the product in all; more than [`Projection::out_features`] if it is packed.
     pub product_columns: usize,
-    /// The width of the text's embedding.
+    /// The width of what it multiplies: for cross-attention, of the text's embedding.
     pub in_features: usize,
     /// The width of the keys or values: all heads.
     pub out_features: usize,
-    /// The graph input that the text comes from, `[batch, tokens, in_features]`.
+    /// The graph input that the text comes from, `[batch, tokens, in_features]`; empty for self-attention.
     pub text_input: String,
-    /// The value that the product reads: the text input, or a view of it.
+    /// The value that the product reads: the text input or a view of it, or for self-attention what the picture has become.
     pub input: String,
     /// The value that holds the keys or values (at [`Projection::columns`]), bias included.
     pub output: String,
@@ -207,10 +209,28 @@ pub fn find(model: &Model, text_input: &str) -> Result<Vec<Projection>> {
         )));
     }
     search.pair(&found)?;
-    search.name(&mut found);
+    search.name(&mut found, "cross_attention");
+    Ok(by_path(found))
+}
+
+/// Every projection that makes keys or values, but for those of the text (`cross`, from [`find`]): those of self-attention,
+/// ordered by [`Projection::path`]. None if the model has none.
+///
+/// Errors: [`crate::Status::Unsupported`], naming the operator and the node, if the weights are quantised, or if only the
+/// keys or only the values of an attention were found.
+pub fn find_self(model: &Model, cross: &[Projection]) -> Result<Vec<Projection>> {
+    let search = Search::new(model);
+    let texts = cross.iter().map(|projection| projection.input.as_str()).collect();
+    let mut found = search.products_of_others(&texts)?;
+    search.pair(&found)?;
+    search.name(&mut found, "self_attention");
+    Ok(by_path(found))
+}
+
+fn by_path(found: Vec<search::Found>) -> Vec<Projection> {
     let mut projections: Vec<Projection> = found.into_iter().map(|found| found.projection).collect();
     projections.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(projections)
+    projections
 }
 
 /// A graph input that takes the keys or values of a projection: see [`externalise`].
@@ -226,6 +246,80 @@ pub struct KeyValueInput {
     pub data_type: DataType,
     /// The last size of its shape `[batch, tokens, out_features]`.
     pub out_features: usize,
+}
+
+/// A graph input that takes the weights of a projection: see [`weights_as_inputs`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightInput {
+    /// The projection's [`Projection::path`].
+    pub path: String,
+    /// The input's name: the path, unless a value of that name was there.
+    pub name: String,
+    /// Its shape `[out_features, in_features]`.
+    pub shape: [usize; 2],
+}
+
+/// Gives every projection's weights an input `[out_features, in_features]`, of the type in which the product computes, and
+/// drops the constants that nothing else uses. The inputs come in the order of `projections`, behind those that the model has.
+///
+/// Errors: [`crate::Status::Unsupported`] if several projections share a product;
+/// [`crate::Status::NotFound`] if `projections` are not this model's. The model is then as before.
+pub fn weights_as_inputs(model: &mut Model, projections: &[Projection]) -> Result<Vec<WeightInput>> {
+    let places: Vec<(usize, DataType)> = {
+        let topology = model.topology();
+        let types = topology.element_types();
+        let place = |projection: &Projection| {
+            let node = product_of(&topology, projection)?;
+            let factor = topology.graph().node[node].input[1].as_str();
+            types.get(factor).filter(|data_type| data_type.is_float()).map(|data_type| (node, *data_type))
+        };
+        let missing = |projection: &Projection| {
+            Error::not_found(format!("{}: the graph has no such product: found in another model?", projection.path))
+        };
+        let places = projections.iter().map(|one| place(one).ok_or_else(|| missing(one)));
+        places.collect::<Result<_>>()?
+    };
+    model.edit(|edit| {
+        let mut inputs = Vec::with_capacity(projections.len());
+        for (projection, (node, data_type)) in projections.iter().zip(places) {
+            let Projection { path, columns, product_columns, out_features, in_features, .. } = projection;
+            if *columns != Columns::all(*product_columns) {
+                return Err(Error::unsupported(format!(
+                    "{path}: keys and values, or those of several attentions, are made in one product"
+                )));
+            }
+            let name = edit.fresh_name(path);
+            let dims = [Dim::Fixed(*out_features as i64), Dim::Fixed(*in_features as i64)];
+            edit.graph_mut().input.push(build::value(&name, data_type, Some(&dims)));
+            // As torch has it, which is what a transposing Gemm takes; any other product takes it turned.
+            let mut factor = name.clone();
+            if edit.graph().node[node].attribute_i("transB").unwrap_or(0) == 0 {
+                factor = edit.fresh_name(&format!("{name}/turned"));
+                let turned = build::node("Transpose", [name.as_str()], [factor.as_str()]);
+                edit.graph_mut().node.push(turned.with("perm", vec![1, 0]).named(&factor));
+            }
+            edit.graph_mut().node[node].input[1] = factor;
+            inputs.push(WeightInput { path: path.clone(), name, shape: [*out_features, *in_features] });
+        }
+        edit.drop_unused();
+        Ok(inputs)
+    })
+}
+
+/// The node that multiplies with a projection's weight.
+fn product_of(topology: &Topology<'_>, projection: &Projection) -> Option<usize> {
+    let is_product = |node: &NodeProto| {
+        node.input.len() > 1
+            && node.input[0] == projection.input
+            && search::is_one_of(node, &["MatMul", "Gemm", "FusedMatMul"])
+    };
+    let (index, node) = topology.producer(&projection.output)?;
+    if is_product(node) {
+        return Some(index);
+    }
+    // The bias is added behind it.
+    let mut before = node.input.iter().filter_map(|value| topology.producer(value));
+    before.find(|(_, node)| is_product(node)).map(|(index, _)| index)
 }
 
 /// Gives every projection's result an input `[batch, tokens, out_features]`, bias included, and drops the products and

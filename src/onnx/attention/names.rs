@@ -7,8 +7,8 @@ use super::search::{Found, Search, TO_ATTENTION, is_one_of};
 use super::{Projection, Role};
 
 impl Search<'_> {
-    /// Gives every projection its module's path.
-    pub(super) fn name(&self, found: &mut [Found]) {
+    /// Gives every projection its module's path; where the export tells none, `unnamed` and a number.
+    pub(super) fn name(&self, found: &mut [Found], unnamed: &str) {
         let mut attentions: Vec<usize> = found.iter().map(|one| one.projection.attention).collect();
         attentions.sort_unstable();
         attentions.dedup();
@@ -31,7 +31,7 @@ impl Search<'_> {
             };
             let module = modules.get(&attention).cloned().or_else(around).or_else(|| self.module_after(attention));
             let number = attentions.binary_search(&attention).unwrap_or_default();
-            let module = module.unwrap_or_else(|| format!("cross_attention.{number}"));
+            let module = module.unwrap_or_else(|| format!("{unnamed}.{number}"));
             one.projection.path = format!("{module}.{}", role.module());
         }
         // A module that runs twice in one graph gives its projections the same path.

@@ -1,4 +1,4 @@
-//! The walk from the text input to the products that make keys and values, and from each of them to its attention.
+//! The walk from the text input to the products that make keys and values, and from each product to its attention.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -212,6 +212,22 @@ impl<'m> Search<'m> {
                     }
                 }
             }
+        }
+        Ok(found)
+    }
+
+    /// Every product with a constant whose result enters an attention as keys or values, but for products of `texts`.
+    pub(super) fn products_of_others(&self, texts: &HashSet<&str>) -> Result<Vec<Found>> {
+        let mut found = Vec::new();
+        for (index, node) in self.topology.graph().node.iter().enumerate() {
+            let value = node.input.first().filter(|value| !value.is_empty() && !texts.contains(value.as_str()));
+            let Some(value) = value else { continue };
+            let rows = match rank(&self.topology, value) {
+                Some(2) => Rows::Flat,
+                Some(3) => Rows::BatchTokens,
+                _ => Rows::Other,
+            };
+            found.extend(self.product(Text { value, rows, input: "", changed: None }, index, 0)?.unwrap_or_default());
         }
         Ok(found)
     }
