@@ -216,8 +216,8 @@ pub fn find(model: &Model, text_input: &str) -> Result<Vec<Projection>> {
 /// Every projection that makes keys or values, but for those of the text (`cross`, from [`find`]): those of self-attention,
 /// ordered by [`Projection::path`]. None if the model has none.
 ///
-/// Errors: [`crate::Status::Unsupported`], naming the operator and the node, if the weights are quantised, or if only the
-/// keys or only the values of an attention were found.
+/// Errors: [`crate::Status::Unsupported`], naming the operator and the node, if the weights are quantised, if they are inside a
+/// fused operator, or if only the keys or only the values of an attention were found.
 pub fn find_self(model: &Model, cross: &[Projection]) -> Result<Vec<Projection>> {
     let search = Search::new(model);
     let texts = cross.iter().map(|projection| projection.input.as_str()).collect();

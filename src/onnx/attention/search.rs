@@ -222,6 +222,13 @@ impl<'m> Search<'m> {
         for (index, node) in self.topology.graph().node.iter().enumerate() {
             let value = node.input.first().filter(|value| !value.is_empty() && !texts.contains(value.as_str()));
             let Some(value) = value else { continue };
+            if node.domain() == "com.microsoft" && matches!(node.op_type(), "Attention" | "PackedAttention") {
+                return Err(Error::unsupported(format!(
+                    "{} makes queries, keys and values of self-attention inside: they can't be told apart; export the model \
+                     without fused attention",
+                    describe(node)
+                )));
+            }
             let rows = match rank(&self.topology, value) {
                 Some(2) => Rows::Flat,
                 Some(3) => Rows::BatchTokens,
