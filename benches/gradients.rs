@@ -74,8 +74,7 @@ fn open(case: &Case, spending: Spending) -> Outcome<(KeyValueGradient, Batch, f6
         rows: (0..case.batch * case.tokens).collect(),
     };
     let runtime = Runtime::load(&RuntimeOptions::default())?;
-    let Spending { effort, activations } = spending;
-    let mut options = GradientOptions { effort, activations, threads: THREADS, ..GradientOptions::default() };
+    let mut options = GradientOptions { spending, threads: THREADS, ..GradientOptions::default() };
     options.session.intra_threads = THREADS;
     let shape = [case.channels, case.side, case.side];
     let start = Instant::now();

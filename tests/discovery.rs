@@ -15,6 +15,7 @@ use macula::discovery::{
     Attentions, Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient,
     MOST_CHOSEN, Objective, Report, Request, Searched, Subject, Term, TuneOptions, Tuning,
 };
+use macula::onnx::grad::Spending;
 use macula::progress::{CancelToken, Job, Progress};
 use macula::runtime::{Runtime, RuntimeOptions};
 use sha2::{Digest, Sha256};
@@ -113,8 +114,8 @@ fn agrees_with_the_reference(scope: &str, attentions: Attentions) {
     let slope = halves.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
     assert!(relative(&slope.scales, &reference.f32s("slope")) <= 1e-4);
     // So they are when half of the forward pass is computed again.
-    let activations = Some(gradient.activations() / 2);
-    let again = open(&batches[0], GradientOptions { activations, ..options() });
+    let spending = Spending { activations: Some(gradient.activations() / 2), ..Spending::default() };
+    let again = open(&batches[0], GradientOptions { spending, ..options() });
     assert!(again.activations() <= gradient.activations() / 2, "{} bytes are kept", again.activations());
     let slope = again.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
     assert!(relative(&slope.scales, &reference.f32s("slope")) <= 1e-4);

@@ -212,7 +212,8 @@ fn slopes_agree(kind: &str, bound: f32, lot: usize, effort: Effort) {
     let width = context.len() / oracle.prompts.len();
     let error = relative(&batch.conditioning.context[..width], &context[..width]);
     assert!(error <= bound, "{kind}: encodings differ by {error:.1e}");
-    let mut options = GradientOptions { lot, effort, texts: true, searched: Searched::Keys, ..Default::default() };
+    let (spending, searched) = (effort.into(), Searched::Keys);
+    let mut options = GradientOptions { lot, spending, texts: true, searched, ..Default::default() };
     options.session.intra_threads = 1;
     let (shape, path) = ([3, side, side], oracle.folder.join("unet/model.onnx"));
     let gradient = KeyValueGradient::open(&runtime(), path, &batch, shape, &options, &cancel).unwrap();

@@ -417,8 +417,8 @@ impl Inputs {
         request.lot = options.lot as usize;
         request.drawn_pictures = options.drawn_pictures as usize;
         request.seed = options.seed;
-        request.activations = (options.activation_bytes != 0).then_some(options.activation_bytes);
-        request.effort = match options.save_memory {
+        request.spending.activations = (options.activation_bytes != 0).then_some(options.activation_bytes);
+        request.spending.effort = match options.save_memory {
             0 => Effort::Speed,
             1 => Effort::Memory,
             other => {

@@ -72,10 +72,8 @@ pub struct GradientOptions {
     pub session: SessionOptions,
     /// What the model file may ask for.
     pub limits: Limits,
-    /// Speed or memory.
-    pub effort: Effort,
-    /// Most bytes of the forward pass's values that are kept for the backward pass, see [`Spending::activations`].
-    pub activations: Option<u64>,
+    /// Speed or memory, and how much of the forward pass is kept.
+    pub spending: Spending,
     /// Of which attention the weights have a scale.
     pub attentions: Attentions,
     /// Which of them.
@@ -231,7 +229,7 @@ impl KeyValueGradient {
         let loss = grad::mean_squared_error(&mut model, &output, 4)?;
         let mut session_options = options.session.clone();
         session_options.memory_pattern = false;
-        if options.effort == Effort::Memory {
+        if options.spending.effort == Effort::Memory {
             // Packed or in the layout of the CPU, every weight would be there once more.
             session_options.prepacking = false;
             // An arena keeps what no value needs any more.
@@ -259,10 +257,10 @@ impl KeyValueGradient {
             wrt.extend(all.iter().filter(|name| !of_searched.contains(name)));
             wrt.extend(pooled);
         }
-        let spending = Spending { effort: options.effort, activations: options.activations };
-        let asked = Asked { wrt: &wrt, loss: &names.loss.loss, kept: &[&names.loss.of_samples], spending };
+        let asked =
+            Asked { wrt: &wrt, loss: &names.loss.loss, kept: &[&names.loss.of_samples], spending: options.spending };
         let mut gradient = differentiate(runtime, &model, &given, &asked, &session_options, cancel)?;
-        if let Some(wanted) = options.activations.filter(|&wanted| wanted < gradient.activations) {
+        if let Some(wanted) = options.spending.activations.filter(|&wanted| wanted < gradient.activations) {
             let kept = gradient.activations;
             log::warn!(target: "macula::discovery", "the gradient keeps {kept} bytes of the forward pass at least, {wanted} were to be the most");
         }
@@ -279,7 +277,7 @@ impl KeyValueGradient {
             .texts
             .then(|| (all.iter().filter_map(|value| gradient_of(value)).collect(), pooled.and_then(gradient_of)));
         names.cotangent = gradient.cotangent;
-        if options.effort == Effort::Speed {
+        if options.spending.effort == Effort::Speed {
             // Half precision is widened and every kernel packed, those of the backward sweep as well as the forward one's.
             room(usize::try_from(gradient.model.weight_bytes()?).unwrap_or(usize::MAX).saturating_mul(4))?;
         }

@@ -10,7 +10,7 @@ use super::tune::TuneOptions;
 use crate::concept::{Concept, Fingerprint, Metadata, Role, Scope, Selection};
 use crate::diffusion::pipeline::{Embedding, Images, Pipeline};
 use crate::error::{Error, Result, Status};
-use crate::onnx::grad::Effort;
+use crate::onnx::grad::Spending;
 use crate::progress::Job;
 
 /// A subject that the neurons, shut, are to draw.
@@ -115,10 +115,8 @@ pub struct Request<'a> {
     pub lot: usize,
     /// Fixes everything random.
     pub seed: u64,
-    /// Speed or memory.
-    pub effort: Effort,
-    /// Most bytes of the forward pass's values that the gradient keeps, see [`GradientOptions::activations`].
-    pub activations: Option<u64>,
+    /// Speed or memory, and how much of the forward pass the gradient keeps.
+    pub spending: Spending,
     /// The class for a UNet that takes one.
     pub class_label: i64,
     /// To implant, from pictures that the pipeline encodes: the embedding of the trigger is learnt before the search, and the
@@ -150,8 +148,7 @@ impl<'a> Request<'a> {
             batch: 8,
             lot: 0,
             seed: 0,
-            effort: Effort::default(),
-            activations: None,
+            spending: Spending::default(),
             class_label: 0,
             invert: None,
             tune: None,
@@ -249,7 +246,7 @@ impl<'a> Request<'a> {
         let of_terms = prompts.iter().map(|prompts| prompts.iter().map(&mut text_of).collect());
         let of = of_terms.collect::<Result<Vec<_>>>()?;
         let (trigger, noun) = (&subject.trigger, &subject.class_noun);
-        discovery.learning(TokenTexts::open(pipeline, &texts, trigger, noun, self.effort, &job.cancel)?, of)
+        discovery.learning(TokenTexts::open(pipeline, &texts, trigger, noun, self.spending.effort, &job.cancel)?, of)
     }
 
     fn differentiate(
@@ -263,8 +260,7 @@ impl<'a> Request<'a> {
         let gradient = GradientOptions {
             session: source.options.session.clone(),
             limits: source.options.limits.clone(),
-            effort: self.effort,
-            activations: self.activations,
+            spending: self.spending,
             attentions: self.attentions,
             searched: self.searched,
             lot: self.lot,
