@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use macula::Status;
-use macula::concept::{Concept, GatheredConcept, Precision, Role, Scope};
+use macula::concept::{Concept, GatheredConcept, Precision, Role, Scope, Weights};
 use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Images, Pipeline};
 use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::search::{Bound, Found, Method, search};
@@ -363,6 +363,7 @@ fn neurons_of_self_attention_are_found_and_composed() {
         Ok(draw(pipeline))
     };
     let error = apply(&mut plain).unwrap_err();
+    assert_eq!(error.status(), Status::Unsupported);
     assert!(error.message().contains("attn1") && error.message().contains("self-attention"), "{error}");
     let (untouched, mut steered) = (draw(&mut plain), pipeline_with(1, true));
     let base = draw(&mut steered);
@@ -372,6 +373,36 @@ fn neurons_of_self_attention_are_found_and_composed() {
     assert!(apart(&shut, &base) > 2);
     steered.set_concepts(Vec::new()).unwrap();
     assert_eq!(draw(&mut steered), base);
+}
+
+/// Layers lie in a concept in the order of their paths, in a search cross-attention comes first: a tuned value is still that of
+/// its own weight. The first of two steps of AdamW, the second being of length zero, moves every value equally far from zero, in
+/// the unit of its own projection.
+#[test]
+fn tuned_values_of_both_attentions_are_those_of_their_weights() {
+    let pictures = pictures();
+    let mut request = octopus(&pictures);
+    (request.method, request.batches, request.drawn_pictures) = (Method::Algorithm1 { rho: 0.0 }, 2, 0);
+    (request.scope, request.attentions) = (Scope::Global, Attentions::Both);
+    request.tune = Some(TuneOptions { steps: 2, precision: Precision::F32, ..TuneOptions::default() });
+    let mut pipeline = pipeline_with(1, true);
+    let (concept, _) = find(&request, &mut pipeline);
+    let values = concept.values.as_ref().unwrap();
+    let base = pipeline.unet().projections().unwrap();
+    assert_eq!(concept.neurons.layers().len(), base.all().count());
+    let mut steps = Vec::new();
+    for (place, layer) in concept.neurons.layers().iter().enumerate() {
+        let projection = base.all().find(|projection| projection.path == layer.path()).unwrap();
+        let Weights::F16(weights) = &projection.weights else { panic!("the shipped model's weights are halves") };
+        let count = weights.len() as f64;
+        let mean = weights.iter().map(|weight| weight.to_f64()).sum::<f64>() / count;
+        let unit = (weights.iter().map(|weight| (weight.to_f64() - mean).powi(2)).sum::<f64>() / count).sqrt();
+        steps.extend(values.layer(place).iter().map(|value| f64::from(value.abs()) / unit));
+    }
+    steps.sort_by(f64::total_cmp);
+    let (least, most) = (steps[steps.len() / 100], steps[steps.len() - 1]);
+    println!("{} steps of {least} to {most}", steps.len());
+    assert!(least > 0.0 && most / least < 1.0001, "steps of {least} to {most} units");
 }
 
 #[test]

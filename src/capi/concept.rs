@@ -1,6 +1,7 @@
 //! Concepts
 //!
-//! A concept is a set of scalar weights of the cross-attention K and V projections, and where it comes from: the base
+//! A concept is a set of scalar weights of the K and V projections of cross-attention, or of self-attention if that was asked
+//! for, and where it comes from: the base
 //! model that it was found on, the subject's word, how it was searched. It lives in a `.safetensors` file that any
 //! safetensors reader opens. A projection is named by its diffusers module path, for example
 //! `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`; a weight is counted in the layout
@@ -36,8 +37,8 @@ pub const MACULA_SCOPE_DEFAULT: macula_scope = 0;
 /// On every token of every prompt, the negative one too (the paper's).
 pub const MACULA_SCOPE_GLOBAL: macula_scope = 1;
 
-/// On the tokens of the concept's own words only. K and V belong to one token each, so this is exact, and concepts do
-/// not disturb each other.
+/// On the tokens of the concept's own words only. K and V of cross-attention belong to one token each, so this is exact, and
+/// concepts do not disturb each other. Neurons of self-attention act on the whole picture in either scope.
 pub const MACULA_SCOPE_LOCAL: macula_scope = 2;
 
 /// What the weights of a concept become, and how that is kept: one of `MACULA_VALUES_*`.

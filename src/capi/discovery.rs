@@ -181,8 +181,8 @@ pub struct macula_discover_options {
     /// first token and lowers the same loss. The neurons are then searched with it, and it comes and goes with the concept.
     /// 0: the embedding stays the model's. Default: `0`.
     pub embedding_steps: u32,
-    /// Of which attention weights are searched. Self-attention knows no words: with it `scope` must be global, and the concept is
-    /// composed by pipelines that were opened with `self_attention`. Default: `MACULA_ATTENTION_CROSS`.
+    /// Of which attention weights are searched. Self-attention knows no words: with it `scope` must be `MACULA_SCOPE_GLOBAL`,
+    /// and the concept is composed by pipelines that were opened with `self_attention`. Default: `MACULA_ATTENTION_CROSS`.
     pub attention: macula_attention,
     /// Most bytes of values of the UNet's forward pass, of the pictures that are run at a time, that the gradient keeps for
     /// its backward pass; the rest is computed again (gradient checkpointing, arXiv 1604.06174), at most one more forward
@@ -255,7 +255,7 @@ unsafe impl Versioned for macula_discover_options {
 /// Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
 /// the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
 /// checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
-/// is not there, or no weight is found to be shut; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
+/// is not there, or no weight is found and no embedding was learnt; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
 /// derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
 /// `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
 /// leaves the last one.

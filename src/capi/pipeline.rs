@@ -70,8 +70,9 @@ pub struct macula_pipeline_options {
     /// TensorRT without `profiles`: the stages of the schedule that will be walked, which the UNet is built for; 0 for those of
     /// the folder's `scheduler/decomposed.json`, or 1 without it. Default: `0`.
     pub stages: u32,
-    /// 1: concepts with neurons of self-attention can be composed. The weights that make its keys and values are inputs of
-    /// the session then, which costs a little time in each step, and a swap of such a concept writes them. Default: `0`.
+    /// 1: concepts with neurons of self-attention can be composed; `UNSUPPORTED` if this UNet's can't. The weights that make
+    /// its keys and values are then held once more, as inputs of the session, which costs a little time in each step, and a
+    /// swap of such a concept writes them. Default: `0`.
     pub self_attention: i32,
     /// Zero. Default: `0`.
     pub reserved: i32,
@@ -101,8 +102,8 @@ unsafe impl Versioned for macula_pipeline_options {
 pub struct macula_pipeline_info {
     /// `sizeof` this struct.
     pub struct_size: usize,
-    /// Fingerprint of the UNet's K and V weights, 64 hexadecimal digits: concepts of this base carry it. `""` if its K
-    /// and V cannot be composed.
+    /// Fingerprint of the K and V weights of the UNet's cross-attention, 64 hexadecimal digits: concepts of this base carry
+    /// it. `""` if its K and V cannot be composed.
     pub fingerprint: *const c_char,
     /// What runs the UNet: `"CPUExecutionProvider"`, `"CUDAExecutionProvider"` or `"TensorrtExecutionProvider"`.
     pub provider: *const c_char,
@@ -124,7 +125,7 @@ pub struct macula_pipeline_info {
     pub prompt_features: usize,
     /// UNets: more than 1 if stages of a decomposed process have their own.
     pub unet_count: usize,
-    /// Number of K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
+    /// Number of cross-attention's K and V projections, for `macula_pipeline_get_projection`; 0 if they cannot be composed.
     pub projection_count: usize,
     /// 1 if pictures can be encoded, to start from them.
     pub encodes_images: i32,

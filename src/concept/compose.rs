@@ -26,6 +26,7 @@ use super::set::NeuronSet;
 use super::values::Values;
 use crate::error::{Error, Result, Status};
 use crate::memory::zeroed;
+use crate::onnx::attention;
 
 /// A few weights of each row of one projection.
 struct SparseRows {
@@ -55,7 +56,8 @@ impl GatheredConcept {
     /// Gathers a concept's weights from the base on which it was found.
     ///
     /// Errors: `WrongBase` if the concept was found on another base, naming both fingerprints; `InvalidFile` if the set
-    /// does not fit the base's projections; `OutOfMemory`.
+    /// does not fit the base's projections; `Unsupported` for neurons of self-attention if the base is without its
+    /// projections; `OutOfMemory`.
     pub fn new(concept: &Concept, base: &Projections, pool: &ThreadPool) -> Result<Self> {
         let (expected, found) = (concept.metadata.base, base.fingerprint());
         if expected != found {
@@ -85,14 +87,14 @@ impl GatheredConcept {
             let known = base.all().find(|projection| projection.path == layer.path());
             let shape = known.map(|projection| (projection.out_features, projection.in_features));
             let asked = (layer.out_features(), layer.in_features());
+            if shape.is_none() && base.self_attention().is_empty() && attention::is_of_self(layer.path()) {
+                return Err(Error::unsupported(format!(
+                    "{}: these are neurons of self-attention, and the model was not opened for them",
+                    layer.path()
+                )));
+            }
             if shape != Some(asked) {
-                let has = match (shape, base.self_attention().is_empty()) {
-                    (Some((out, inputs)), _) => format!("{out} x {inputs}"),
-                    (None, true) => {
-                        "no such projection (those of self-attention only where it is opened for them)".into()
-                    }
-                    (None, false) => "no such projection".into(),
-                };
+                let has = shape.map_or("no such projection".into(), |(out, inputs)| format!("{out} x {inputs}"));
                 return Err(Error::invalid_file(format!(
                     "{}: the set asks for {} x {} weights, the base model has {has}",
                     layer.path(),
@@ -165,8 +167,8 @@ impl GatheredConcept {
 pub enum Rows {
     /// Every token of every entry of the batch: the scope of Cones.
     All,
-    /// These (entry of the batch, token) only, e.g. the concept's own words in the conditional entries. An empty list
-    /// is a concept that does not act.
+    /// These (entry of the batch, token) only, e.g. the concept's own words in the conditional entries. With an empty list
+    /// keys and values stay the base's. Neurons of self-attention, which knows no tokens, act whatever is listed.
     Only(Vec<(usize, usize)>),
 }
 
@@ -207,10 +209,18 @@ impl Composition {
         self.parts.iter().all(|part| !part.acts())
     }
 
-    /// Whether a weight of self-attention is not the base's.
-    pub fn acts_on_self_attention(&self, base: &Projections) -> bool {
-        let own = |part: &Part| part.concept.projections.iter().skip(base.as_slice().len()).any(Option::is_some);
-        self.parts.iter().any(|part| part.acts() && own(part))
+    /// The concepts that take something from weights of self-attention.
+    pub fn of_self_attention(&self, base: &Projections) -> Self {
+        let own = |part: &&Part| part.concept.projections.iter().skip(base.as_slice().len()).any(Option::is_some);
+        Self { parts: self.parts.iter().filter(|part| part.acts()).filter(own).cloned().collect() }
+    }
+
+    /// Whether these are the same concepts with the same strengths, wherever they act.
+    pub fn takes_like(&self, other: &Self) -> bool {
+        let same = |(a, b): (&Part, &Part)| {
+            Arc::ptr_eq(&a.concept.projections, &b.concept.projections) && a.strength == b.strength
+        };
+        self.parts.len() == other.parts.len() && self.parts.iter().zip(&other.parts).all(same)
     }
 
     /// Writes the effective weights of self-attention, `W - taken`: they act on the whole picture, whatever the rows of a
@@ -524,7 +534,7 @@ impl Job<'_> {
                         kernel::prefetch(slice_of(&mut output, row, tile));
                     }
                     let starts = &correction.rows.starts[tile..=tile + width];
-                    // SAFETY: columns of a `SparseRows` are below the `in_features` of its base, which is the prompt's
+                    // SAFETY: columns of a `SparseRows` of cross-attention are below the `in_features` of its base, which is the prompt's
                     // (`Composition::groups`).
                     unsafe { panel.multiply(kernel::Rows { starts, ..correction.rows }, &mut sums) };
                     for (four, rows) in panel.rows.chunks(4).enumerate() {

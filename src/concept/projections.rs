@@ -138,7 +138,7 @@ impl Projections {
         let self_attention = checked(projections)?;
         match self_attention.iter().find(|one| self.position(&one.path).is_some()) {
             Some(twice) => Err(Error::invalid_argument(format!("projection {} comes twice", twice.path))),
-            None => Ok(Self { self_attention, ..self }),
+            None => Ok(Self { id: next_id(), self_attention, ..self }),
         }
     }
 

@@ -39,8 +39,8 @@ pub struct UnetOptions {
     pub threads: usize,
     /// The states that predictions will be asked for. TensorRT builds for them ahead, unless it was given profiles.
     pub expected: Option<ExpectedStates>,
-    /// Whether neurons of self-attention can be composed. Its key and value weights are inputs then, which ONNX Runtime cannot
-    /// pack ahead: a step takes a little longer.
+    /// Whether neurons of self-attention can be composed; an error if that can't be done. Its key and value weights are inputs
+    /// then, held twice, which ONNX Runtime cannot pack ahead: a step takes a little longer.
     pub self_attention: bool,
 }
 
@@ -119,10 +119,8 @@ enum Steering {
 #[derive(Default)]
 struct WeightInputs {
     inputs: Vec<WeightInput>,
-    /// Whether the bound ones are those of the present composition.
-    current: bool,
-    /// Whether they may be others than the base's.
-    touched: bool,
+    /// By which concepts the bound ones were written; `None` for unknown content.
+    written: Option<Composition>,
 }
 
 /// What is bound.
@@ -168,11 +166,6 @@ impl Unet {
         let output = output.ok_or_else(|| Error::unsupported("the UNet has no output"))?;
         let mut binding = session.bind()?;
         binding.allocate_output(&output, Device::Host)?;
-        if let Steering::Inputs { weights, .. } = &steering {
-            for WeightInput { name, shape, .. } in &weights.inputs {
-                binding.bind_input(name, Tensor::zeros(session.input(name)?.dtype, shape)?)?;
-            }
-        }
         Ok(Self {
             session,
             binding,
@@ -260,10 +253,17 @@ impl Unet {
         }
     }
 
-    /// Bytes of the key and value weights and of the bound keys and values, beside the session's own.
+    /// Bytes of the key and value weights and of what is bound for them, beside the session's own.
     pub fn memory_bytes(&self) -> usize {
         let prompt = self.prompt.as_ref().and_then(|prompt| prompt.keys_values.as_ref());
+        let weights = match &self.steering {
+            Steering::Inputs { weights, .. } => weights.inputs.as_slice(),
+            Steering::Fixed(_) => &[],
+        };
+        let size = |name: &str| self.session.input(name).map_or(0, |port| port.dtype.size());
+        let weights = weights.iter().map(|input| input.shape.iter().product::<usize>() * size(&input.name));
         self.projections().map_or(0, |projections| projections.memory_bytes())
+            + weights.sum::<usize>()
             + prompt.map_or(0, |keys_values| 2 * keys_values.memory_bytes())
     }
 
@@ -276,11 +276,6 @@ impl Unet {
             && !composition.is_base()
         {
             return Err(Error::unsupported(format!("this UNet's keys and values can't be composed: {reason}")));
-        }
-        if let Steering::Inputs { projections, weights, .. } = &mut self.steering
-            && (weights.touched || composition.acts_on_self_attention(projections))
-        {
-            weights.current = false;
         }
         self.composition = composition;
         if let Some(prompt) = &mut self.prompt {
@@ -326,7 +321,8 @@ impl Unet {
                         {
                             (Some(known), held)
                         }
-                        _ => {
+                        stale => {
+                            drop(stale);
                             let keys_values = projections.keys_values(context, batch, tokens, &self.pool)?;
                             bind_buffers(&mut self.binding, &self.session, inputs, batch, tokens)?;
                             if self.session.input(CONTEXT).is_ok() {
@@ -436,24 +432,31 @@ impl Unet {
     pub fn write_keys_values(&mut self) -> Result<()> {
         let Some(prompt) = &mut self.prompt else { return Err(no_conditioning()) };
         if let Steering::Inputs { projections, weights, .. } = &mut self.steering
-            && !weights.current
+            && !weights.inputs.is_empty()
         {
-            weights.touched = true;
-            let names = weights.inputs.iter().map(|input| input.name.as_str());
-            write_bound(&mut self.binding, names, |outputs| {
-                self.composition.write_self_attention(projections, outputs, &self.pool)
-            })?;
-            weights.touched = self.composition.acts_on_self_attention(projections);
-            weights.current = true;
+            let wanted = self.composition.of_self_attention(projections);
+            if weights.written.as_ref().is_none_or(|written| !written.takes_like(&wanted)) {
+                weights.written = None;
+                let places = weights.inputs.iter().map(|input| (input.name.as_str(), input.shape.to_vec()));
+                write_bound(&mut self.binding, &self.session, places, |outputs| {
+                    wanted.write_self_attention(projections, outputs, &self.pool)
+                })?;
+                weights.written = Some(wanted);
+            }
         }
         if prompt.current {
             return Ok(());
         }
         if let (Some(keys_values), Steering::Inputs { inputs, .. }) = (&prompt.keys_values, &self.steering) {
-            let names = inputs.iter().map(|input| input.name.as_str());
-            write_bound(&mut self.binding, names, |outputs| {
+            let (batch, tokens) = (keys_values.batch(), keys_values.tokens());
+            let places = inputs.iter().map(|input| (input.name.as_str(), vec![batch, tokens, input.out_features]));
+            let written = write_bound(&mut self.binding, &self.session, places, |outputs| {
                 self.composition.write(keys_values, outputs, &mut prompt.held, &self.pool)
-            })?;
+            });
+            if let Err(error) = written {
+                prompt.held = Held::default();
+                return Err(error);
+            }
         }
         prompt.current = true;
         Ok(())
@@ -608,12 +611,15 @@ fn port(input: &ValueInfoProto) -> Option<Port> {
 fn externalise(model: &mut Model, self_attention: bool) -> Result<Steering> {
     let found = match attention::find(model, CONTEXT) {
         Ok(found) => found,
-        Err(error) if matches!(error.status(), Status::NotFound | Status::Unsupported) => {
+        Err(error) if !self_attention && matches!(error.status(), Status::NotFound | Status::Unsupported) => {
             return Ok(Steering::Fixed(error.message().to_owned()));
         }
         Err(error) => return Err(error),
     };
     let of_self = if self_attention { attention::find_self(model, &found)? } else { Vec::new() };
+    if self_attention && of_self.is_empty() {
+        return Err(Error::unsupported("no self-attention was found, and the UNet was to be opened for its neurons"));
+    }
     let projections = Arc::new(Projections::from_model(model, &found, &of_self)?);
     let inputs = attention::externalise(model, &found)?;
     let weights = attention::weights_as_inputs(model, &of_self)?;
@@ -712,15 +718,17 @@ fn bind_buffers(
     Ok(())
 }
 
-/// Lets the bound buffers of some inputs be written.
+/// Lets the bound buffers of some inputs, given with their shapes, be written; where none is bound, one of zeros is made.
 fn write_bound<'n>(
     binding: &mut Binding,
-    names: impl Iterator<Item = &'n str> + Clone,
+    session: &Session,
+    places: impl Iterator<Item = (&'n str, Vec<usize>)> + Clone,
     write: impl FnOnce(&mut [Output<'_>]) -> Result<()>,
 ) -> Result<()> {
     let mut tensors = Vec::new();
-    for name in names.clone() {
-        tensors.push(binding.take_input(name)?);
+    for (name, shape) in places.clone() {
+        let bound = binding.take_input(name);
+        tensors.push(bound.or_else(|_| Tensor::zeros(session.input(name)?.dtype, &shape))?);
     }
     let written = tensors
         .iter_mut()
@@ -734,11 +742,9 @@ fn write_bound<'n>(
         })
         .collect::<Result<Vec<_>>>()
         .and_then(|mut outputs| write(&mut outputs));
-    // Bound again even after a failure: a binding that misses inputs could not be used for the next try.
-    for (name, tensor) in names.zip(tensors) {
-        binding.bind_input(name, tensor)?;
-    }
-    written
+    // Bound again even after a failure, so that they need not be made anew.
+    let bound = places.zip(tensors).map(|((name, _), tensor)| binding.bind_input(name, tensor));
+    bound.fold(written, |all, one| all.and(one))
 }
 
 /// The timestep input: one number for all states, or one for each (`timesteps` has one number, or one a state).

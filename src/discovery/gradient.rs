@@ -134,7 +134,7 @@ struct Names {
     /// Of the keys or values of each projection of cross-attention.
     keys_values: Vec<KeyValueInput>,
     /// Of the weights of each projection of self-attention.
-    weights: Vec<WeightInput>,
+    weight_inputs: Vec<WeightInput>,
     loss: grad::MeanSquaredError,
     cotangent: String,
 }
@@ -242,14 +242,14 @@ impl KeyValueGradient {
             lot => lot.min(example.timesteps.len()),
         };
         let texts = Texts { projections, searched, weights, pool };
-        let mut names = Names { keys_values, weights: weight_inputs, loss, cotangent: String::new() };
+        let mut names = Names { keys_values, weight_inputs, loss, cotangent: String::new() };
 
         let first = example.part(0, lot)?;
         let steered = texts.steered(&first.conditioning, &[], None)?;
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &steered)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let of_searched: Vec<&str> = texts.searched.iter().map(|&at| names.steered(at)).collect();
+        let of_searched: Vec<&str> = texts.searched.iter().map(|&at| names.input_of(at)).collect();
         let all: Vec<&str> = names.keys_values.iter().map(|input| input.name.as_str()).collect();
         let pooled = inputs.iter().any(|input| input.name == POOLED).then_some(POOLED);
         let mut wrt = of_searched.clone();
@@ -567,9 +567,9 @@ impl Texts {
 
 impl Names {
     /// The input that one of [`Projections::all`] gives to.
-    fn steered(&self, at: usize) -> &str {
+    fn input_of(&self, at: usize) -> &str {
         let cross = self.keys_values.len();
-        self.keys_values.get(at).map_or_else(|| &self.weights[at - cross].name, |input| &input.name)
+        self.keys_values.get(at).map_or_else(|| &self.weight_inputs[at - cross].name, |input| &input.name)
     }
 
     /// What a batch gives to each input of a graph.
@@ -606,8 +606,8 @@ impl Names {
                     if let Some(at) = self.keys_values.iter().position(|known| known.name == name) {
                         let out = self.keys_values[at].out_features;
                         precision::from_f32(input.dtype, &[batch, *tokens, out], &steered.keys_values[at])
-                    } else if let Some(at) = self.weights.iter().position(|known| known.name == name) {
-                        precision::from_f32(input.dtype, &self.weights[at].shape, &steered.weights[at])
+                    } else if let Some(at) = self.weight_inputs.iter().position(|known| known.name == name) {
+                        precision::from_f32(input.dtype, &self.weight_inputs[at].shape, &steered.weights[at])
                     } else {
                         Err(Error::unsupported(format!("the UNet has an unknown input {name:?}")))
                     }

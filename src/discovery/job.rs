@@ -296,7 +296,8 @@ impl Discovery {
     /// Reports the stages `"invert"`, `"search"` and `"tune"`, one unit a batch, with the mean loss of the last ten, and before
     /// the last, with [`Bound::HeldOut`], `"choose"`, one unit a size, with its loss.
     ///
-    /// Errors: [`crate::Status::InvalidArgument`], also for a checkpoint of another search;
+    /// Errors: [`crate::Status::NotFound`] if no weight is found, unless an embedding was learnt;
+    /// [`crate::Status::InvalidArgument`], also for a checkpoint of another search;
     /// [`crate::Status::InvalidFile`] for a damaged one; [`crate::Status::NotFinite`] naming the batch;
     /// [`crate::Status::Cancelled`]; [`crate::Status::Io`] if a checkpoint can't be written, which leaves the last one;
     /// those of the session.
@@ -344,8 +345,14 @@ impl Discovery {
         let size = held_out::best(&sizes).unwrap_or_else(|| search.budget());
         let Found { shut, mut losses, agreement } = search.found_within(size)?;
         let neurons = neurons(gradient, &shut)?;
+        if neurons.is_empty() && inverted.is_none() {
+            return Err(Error::not_found(format!(
+                "the search found no weight to shut in {} batches of {}: more batches, or larger ones, may find some",
+                options.batches, options.batch
+            )));
+        }
         let mut values = None;
-        if let Some(wanted) = options.tune {
+        if let Some(wanted) = options.tune.filter(|_| !neurons.is_empty()) {
             let mut tuning = tuning(gradient, &shut, wanted)?;
             if let Some(path) = &options.checkpoint {
                 checkpoint::resume_descent(path, &identity, &mut search, tuning.descent_mut())?;
@@ -361,7 +368,7 @@ impl Discovery {
                 keep(options, &identity, &mut search, &mut beside, done, outcome)?;
             }
             losses.extend(tuning.losses());
-            values = Some(tuned_values(&neurons, tuning.values()?, wanted)?);
+            values = Some(tuned_values(gradient, &neurons, tuning.values()?, wanted)?);
         }
         Ok(Report { neurons, values, inverted, losses, sizes, agreement, elapsed: began.elapsed() })
     }
@@ -375,6 +382,11 @@ impl Discovery {
         // Debug output gives every float in full.
         write!(hash, "{:?}", (method, bound, batches, batch, seed, tune, base, paths, &self.schedule, &self.terms))
             .map_err(|error| Error::io("hashing the search", error))?;
+        // The fingerprint is that of cross-attention.
+        let searched = gradient.searched().zip(gradient.weights());
+        searched
+            .filter(|(projection, _)| gradient.projections().position(&projection.path).is_none())
+            .for_each(|(_, weights)| hash.update(bytemuck::cast_slice::<f32, u8>(weights)));
         if let (Some(invert), Some(Learning { texts, of })) = (invert, &self.learning) {
             write!(hash, "{:?}", (invert, texts.word(), texts.start(), of))
                 .map_err(|error| Error::io("hashing the search", error))?;
@@ -430,11 +442,19 @@ pub(super) fn deviation(weights: &[f32]) -> f32 {
     (weights.iter().map(|weight| (f64::from(*weight) - mean).powi(2)).sum::<f64>() / count).sqrt() as f32
 }
 
-/// The values of all members, shared out to the projections.
-fn tuned_values(neurons: &NeuronSet, values: Vec<f32>, options: TuneOptions) -> Result<Values> {
+/// The values of all members, which are in the order of the scales, shared out to the layers, which are in that of their paths.
+fn tuned_values(
+    gradient: &KeyValueGradient,
+    neurons: &NeuronSet,
+    values: Vec<f32>,
+    options: TuneOptions,
+) -> Result<Values> {
     let mut values = values.into_iter();
-    let layers = neurons.layers().iter().map(|layer| collected(values.by_ref().take(layer.indices().len())));
-    Values::new(options.precision, neurons, layers.collect::<Result<_>>()?)
+    let mut layers: Vec<Vec<f32>> = neurons.layers().iter().map(|_| Vec::new()).collect();
+    for place in gradient.searched().filter_map(|projection| neurons.position(&projection.path)) {
+        layers[place] = collected(values.by_ref().take(neurons.layers()[place].indices().len()))?;
+    }
+    Values::new(options.precision, neurons, layers)
 }
 
 /// The shut weights as a set.

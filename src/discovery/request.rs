@@ -167,7 +167,7 @@ impl<'a> Request<'a> {
     /// checkpoint of another search; [`Status::Unsupported`] for a UNet whose keys and values can't be composed, a text encoder
     /// whose token embedding was not found, or a graph that has an operator without a derivative rule;
     /// [`Status::WrongBase`] if the UNet's file changed since it was opened; [`Status::NotFinite`] naming the batch;
-    /// [`Status::NotFound`] if the search shuts no weight; [`Status::Cancelled`].
+    /// [`Status::NotFound`] if the search finds no weight and no embedding was learnt; [`Status::Cancelled`].
     pub fn find(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<(Concept, Report)> {
         self.check(pipeline)?;
         pipeline.set_concepts(Vec::new())?;
@@ -205,13 +205,6 @@ impl<'a> Request<'a> {
             None => Bound::HeldOut(count(MOST_CHOSEN)),
         };
         let report = discovery.run(pipeline.unet_mut(), &gradient, &options, job)?;
-        if report.neurons.is_empty() {
-            return Err(Error::not_found(format!(
-                "the search found no weight to shut: in {} batches of {} no scale fell below one half; more batches, or \
-                 larger ones, may find some",
-                self.batches, self.batch
-            )));
-        }
         let (neurons, values) = (report.neurons.clone(), report.values.clone());
         let mut metadata = self.metadata(fingerprint);
         let chosen = || neurons.len() as f64 / gradient.len() as f64;

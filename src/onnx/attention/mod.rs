@@ -28,6 +28,7 @@ pub use columns::Columns;
 pub(super) use fuse::around;
 pub use fuse::fuse;
 pub use inputs::{KeyValueInput, WeightInput, externalise, weights_as_inputs};
+pub use names::is_of_self;
 use search::Search;
 
 /// The usual name of the text input of an exported UNet.
@@ -216,7 +217,7 @@ pub fn find(model: &Model, text_input: &str) -> Result<Vec<Projection>> {
 /// ordered by [`Projection::path`]. None if the model has none.
 ///
 /// Errors: [`crate::Status::Unsupported`], naming the operator and the node, if the weights are quantised, if they are inside a
-/// fused operator, or if only the keys or only the values of an attention were found.
+/// fused operator or packed with those of the queries, or if only the keys or only the values of an attention were found.
 pub fn find_self(model: &Model, cross: &[Projection]) -> Result<Vec<Projection>> {
     let search = Search::new(model);
     let texts = cross.iter().map(|projection| projection.input.as_str()).collect();

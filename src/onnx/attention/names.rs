@@ -6,6 +6,11 @@ use super::super::proto::NodeProto;
 use super::search::{Found, Search, TO_ATTENTION, is_one_of};
 use super::{Projection, Role};
 
+/// Whether a projection's path is one of self-attention.
+pub fn is_of_self(path: &str) -> bool {
+    path.contains("attn1.") || path.starts_with("self_attention.")
+}
+
 impl Search<'_> {
     /// Gives every projection its module's path; where the export tells none, `unnamed` and a number.
     pub(super) fn name(&self, found: &mut [Found], unnamed: &str) {

@@ -222,7 +222,11 @@ impl<'m> Search<'m> {
         for (index, node) in self.topology.graph().node.iter().enumerate() {
             let value = node.input.first().filter(|value| !value.is_empty() && !texts.contains(value.as_str()));
             let Some(value) = value else { continue };
-            if node.domain() == "com.microsoft" && matches!(node.op_type(), "Attention" | "PackedAttention") {
+            let fused = is_one_of(node, &["PackedAttention", "PackedMultiHeadAttention"])
+                || node.domain() == "com.microsoft" && node.op_type() == "Attention"
+                || is_one_of(node, &["MultiHeadAttention", "GroupQueryAttention"])
+                    && node.input.get(1).is_none_or(|keys| keys.is_empty());
+            if fused {
                 return Err(Error::unsupported(format!(
                     "{} makes queries, keys and values of self-attention inside: they can't be told apart; export the model \
                      without fused attention",
@@ -234,9 +238,21 @@ impl<'m> Search<'m> {
                 Some(3) => Rows::BatchTokens,
                 _ => Rows::Other,
             };
-            found.extend(self.product(Text { value, rows, input: "", changed: None }, index, 0)?.unwrap_or_default());
+            match self.product(Text { value, rows, input: "", changed: None }, index, 0) {
+                // A weight that can't be read makes something else.
+                Err(_) if !self.enters_attention(node) => {}
+                product => found.extend(product?.unwrap_or_default()),
+            }
         }
         Ok(found)
+    }
+
+    /// Whether what a product makes, with a bias perhaps, are keys or values.
+    fn enters_attention(&self, product: &'m NodeProto) -> bool {
+        let Some(output) = product.output.first() else { return false };
+        let sums = self.topology.consumers(output).filter(|(_, node)| node.is("Add"));
+        let values = sums.filter_map(|(_, node)| node.output.first()).chain([output]);
+        values.into_iter().any(|value| !self.entries(value).is_empty())
     }
 
     fn calls_function(&self, node: &NodeProto) -> bool {
@@ -394,8 +410,8 @@ impl<'m> Search<'m> {
         let Some(stored) = self.folded(value) else { return Ok(None) };
         if let Some(node) = stored.quantised {
             return Err(Error::unsupported(format!(
-                "the text input is multiplied with a weight that passes through {}: quantised keys and values can't be \
-                 steered; export the model in fp32, fp16 or bf16",
+                "keys or values are made with a weight that passes through {}: quantised ones can't be steered; export the \
+                 model in fp32, fp16 or bf16",
                 describe(self.node(node))
             )));
         }
