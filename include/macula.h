@@ -899,9 +899,8 @@ typedef struct {
 /* ==============================================================================================================
  * Concepts
  *
- * A concept is a set of scalar weights of the K and V projections of cross-attention, or of self-attention if that was asked
- * for, and where it comes from: the base
- * model that it was found on, the subject's word, how it was searched. It lives in a `.safetensors` file that any
+ * A concept is a set of scalar weights of the K and V projections of cross-attention, or of self-attention if that was
+ * asked for, and where it comes from: the base model that it was found on, the subject's word, how it was searched. It lives in a `.safetensors` file that any
  * safetensors reader opens. A projection is named by its diffusers module path, for example
  * `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`; a weight is counted in the layout
  * `[out_features, in_features]`: `index = row * in_features + column`.
@@ -2880,8 +2879,8 @@ typedef struct {
  * Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
  * the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
  * checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
- * is not there, or no weight is found and no embedding was learnt; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
- * derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
+ * is not there, or no weight is found and no embedding was learnt; `WRONG_BASE` if the file changed since the pipeline was
+ * opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
  * `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
  * leaves the last one.
  * After any of them the pipeline draws as before. Any thread; blocks until it is done.

@@ -1,8 +1,7 @@
 //! Concepts
 //!
-//! A concept is a set of scalar weights of the K and V projections of cross-attention, or of self-attention if that was asked
-//! for, and where it comes from: the base
-//! model that it was found on, the subject's word, how it was searched. It lives in a `.safetensors` file that any
+//! A concept is a set of scalar weights of the K and V projections of cross-attention, or of self-attention if that was
+//! asked for, and where it comes from: the base model that it was found on, the subject's word, how it was searched. It lives in a `.safetensors` file that any
 //! safetensors reader opens. A projection is named by its diffusers module path, for example
 //! `down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k`; a weight is counted in the layout
 //! `[out_features, in_features]`: `index = row * in_features + column`.

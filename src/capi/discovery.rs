@@ -255,8 +255,8 @@ unsafe impl Versioned for macula_discover_options {
 /// Errors: `INVALID_ARGUMENT` for a size that the model does not draw, a word that the tokenizer has not, a prompt without
 /// the trigger, a missing anchor, a number outside its range, `embedding_steps` where nothing is implanted from `pictures`, a
 /// checkpoint of another search; `INVALID_FILE` for a damaged checkpoint; `NOT_FOUND` if the UNet's file or the VAE's encoder
-/// is not there, or no weight is found and no embedding was learnt; `WRONG_BASE` if the file changed since the pipeline was opened; `UNSUPPORTED` for an operator without a
-/// derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
+/// is not there, or no weight is found and no embedding was learnt; `WRONG_BASE` if the file changed since the pipeline was
+/// opened; `UNSUPPORTED` for an operator without a derivative rule, named with its node, or where an embedding is to be learnt and a text encoder's table is not found;
 /// `NOT_FINITE` naming the batch; `CANCELLED`; `BUSY` during another job; `IO` if the checkpoint can't be written, which
 /// leaves the last one.
 /// After any of them the pipeline draws as before. Any thread; blocks until it is done.
