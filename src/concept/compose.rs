@@ -84,7 +84,7 @@ impl GatheredConcept {
             values.check(neurons)?;
         }
         for layer in neurons.layers() {
-            let known = base.all().find(|projection| projection.path == layer.path());
+            let known = base.find(layer.path());
             let shape = known.map(|projection| (projection.out_features, projection.in_features));
             let asked = (layer.out_features(), layer.in_features());
             if shape.is_none() && base.self_attention().is_empty() && attention::is_of_self(layer.path()) {

@@ -203,6 +203,13 @@ impl Projections {
         self.projections.binary_search_by(|projection| projection.path.as_str().cmp(path)).ok()
     }
 
+    /// The projection at a module path, of either attention.
+    pub fn find(&self, path: &str) -> Option<&ProjectionWeights> {
+        let own = &self.self_attention;
+        let of_self = || own.binary_search_by(|projection| projection.path.as_str().cmp(path)).ok().map(|at| &own[at]);
+        self.position(path).map(|at| &self.projections[at]).or_else(of_self)
+    }
+
     /// The width of the text encoding.
     pub fn in_features(&self) -> usize {
         self.in_features
