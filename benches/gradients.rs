@@ -71,7 +71,7 @@ fn open(case: &Case, spending: Spending) -> Outcome<(KeyValueGradient, Batch, f6
             class_labels: case.class_labels.then(|| vec![0; case.batch]),
             ..Conditioning::default()
         },
-        rows: (0..case.batch * case.tokens).collect(),
+        rows: (0..case.batch * case.tokens).map(Into::into).collect(),
     };
     let runtime = Runtime::load(&RuntimeOptions::default())?;
     let mut options = GradientOptions { spending, threads: THREADS, ..GradientOptions::default() };

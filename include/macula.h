@@ -2891,6 +2891,151 @@ macula_status macula_discover(macula_pipeline *pipeline,
 
 
 /* ==============================================================================================================
+ * Tuning together
+ *
+ * Concepts that were found alone never met: drawn in one picture, each reaches for the other's place. Tuned together, on
+ * scenes that the library makes of their pictures, they keep to their own. Each stays a concept of its own with the weights
+ * that were found for it, and any of them may then be composed.
+ * ============================================================================================================== */
+
+/**
+ * A concept that is tuned with others.
+ */
+typedef struct {
+  /**
+   * A live concept of the pipeline's base model that draws its subject, with a trigger, in local scope; not NULL. It stays
+   * as it is, and may be freed after the call. Default: `NULL`.
+   */
+  const macula_concept *subject;
+  /**
+   * Pictures of the subject, `picture_count` of them, of one size that the model draws and all companions share; not NULL.
+   * A subject on a plain ground is cut out of it, another picture is put into scenes whole. Default: `NULL`.
+   */
+  const macula_image *pictures;
+  /**
+   * How many pictures, at least 1. Default: `0`.
+   */
+  size_t picture_count;
+  /**
+   * What each picture shows, with the trigger, `picture_count` texts; what follows the subject in it is taken to say where
+   * it is. May be NULL: `"a TRIGGER NOUN"` for all. Default: `NULL`.
+   */
+  const char *const *prompts;
+} macula_companion;
+
+/**
+ * The defaults: `macula_companion x = MACULA_COMPANION_INIT;`
+ */
+#define MACULA_COMPANION_INIT { NULL, NULL, 0, NULL }
+
+/**
+ * Concepts to tune together, and how.
+ */
+typedef struct {
+  /**
+   * `sizeof` this struct.
+   */
+  size_t struct_size;
+  /**
+   * The concepts, `companion_count` of them, each with a trigger of its own; not NULL. Default: `NULL`.
+   */
+  const macula_companion *companions;
+  /**
+   * How many, at least 2. Default: `0`.
+   */
+  size_t companion_count;
+  /**
+   * A file that keeps the tuning every ten steps, when it is broken off and at its end. If it is there, the same tuning goes
+   * on where it was, and ends as in one go. May be NULL. Default: `NULL`.
+   */
+  const char *checkpoint;
+  /**
+   * Stops the tuning from another thread. May be NULL. Default: `NULL`.
+   */
+  const macula_cancel_token *cancel;
+  /**
+   * Is told of each step. May be NULL. Default: `NULL`.
+   */
+  macula_progress_fn progress;
+  /**
+   * Given to `progress` as it is. May be NULL. Default: `NULL`.
+   */
+  void *progress_userdata;
+  /**
+   * Step size in standard deviations of a projection's weights, above 0. Default: `0.1`.
+   */
+  double rate;
+  /**
+   * The same seed gives the same values on any number of threads. Default: `0`.
+   */
+  uint64_t seed;
+  /**
+   * As in `macula_discover_options`. Default: `0`.
+   */
+  uint64_t activation_bytes;
+  /**
+   * Steps, a batch each, at least 1; some 75 for each concept. Default: `300`.
+   */
+  uint32_t steps;
+  /**
+   * Scenes of two to four subjects that are made of the pictures, 1 to 4,096; the pictures are shown by themselves too.
+   * Default: `128`.
+   */
+  uint32_t scenes;
+  /**
+   * Noisy pictures in a batch, at least 1. Default: `8`.
+   */
+  uint32_t batch;
+  /**
+   * Noisy pictures that are run at a time: memory grows with it. Must divide `batch`; 0 for the whole batch.
+   * Default: `0`.
+   */
+  uint32_t lot;
+  /**
+   * 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
+   */
+  int32_t save_memory;
+  /**
+   * Class for a UNet that takes one. Default: `0`.
+   */
+  int32_t class_label;
+  /**
+   * How values are kept. Default: `MACULA_VALUES_FLOAT16`.
+   */
+  macula_values values;
+  /**
+   * Must be 0. Default: `0`.
+   */
+  uint32_t reserved;
+} macula_together_options;
+
+/**
+ * The defaults: `macula_together_options x = MACULA_TOGETHER_OPTIONS_INIT;`
+ */
+#define MACULA_TOGETHER_OPTIONS_INIT { sizeof(macula_together_options), NULL, 0, NULL, NULL, NULL, NULL, 0.1, 0, 0, 300, 128, 8, 0, 0, 0, MACULA_VALUES_FLOAT16, 0 }
+
+
+/**
+ * Gives the weights of several concepts new values, learnt from scenes in which their subjects stand side by side.
+ *
+ * - `pipeline`: a live pipeline; not NULL. The UNet's file is read again. What is composed and ablated does not act meanwhile,
+ *   and is as before after it.
+ * - `options`: the concepts and how they are tuned; not NULL.
+ * - `out_concepts`: receives `companion_count` concepts in the order of the companions, with the weights and learnt embeddings
+ *   that these have; not NULL. Free each with `macula_concept_free`.
+ *
+ * Errors: `INVALID_ARGUMENT` for fewer than two concepts, one that erases, acts in global scope, on self-attention or on no
+ * weight, two with one trigger, pictures of several sizes or of one that the model does not draw, a prompt without its
+ * trigger, a number outside its range, or a checkpoint of another tuning; `INVALID_FILE` for a damaged one; `WRONG_BASE` for a
+ * concept of another model; the others of `macula_discover`. After any of them nothing was made, and the pipeline draws as
+ * before. Any thread; blocks until it is done.
+ */
+macula_status macula_tune_together(macula_pipeline *pipeline,
+                                   const macula_together_options *options,
+                                   macula_concept **out_concepts);
+
+
+/* ==============================================================================================================
  * Memory
  *
  * What is taken, so that a host can plan: figures of one pipeline, and of the whole process.

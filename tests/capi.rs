@@ -192,6 +192,14 @@ fn neurons_are_found_from_c() {
     bench.run(&bench.compile("discover"), &arguments.map(AsRef::as_ref));
 }
 
+#[test]
+fn concepts_are_tuned_together_from_c() {
+    let bench = Bench::new();
+    let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji");
+    let arguments = [&emoji.join("onnx"), &emoji.join("subjects"), bench.folder()];
+    bench.run(&bench.compile("together"), &arguments.map(AsRef::as_ref));
+}
+
 /// The bytes of a value without padding.
 fn bytes_of<T>(value: &T) -> Vec<u8> {
     // SAFETY: the option structs are repr(C) and laid out without padding, so that every byte is set.
@@ -201,7 +209,7 @@ fn bytes_of<T>(value: &T) -> Vec<u8> {
 /// NULL options stand for the library's defaults, which must be those of the macros.
 #[test]
 fn the_init_macros_are_the_defaults_of_the_library() {
-    use macula::capi::{concept, denoise, discovery, draw, pipeline, runtime, schedule, session, trajectory};
+    use macula::capi::{concept, denoise, discovery, draw, pipeline, runtime, schedule, session, together, trajectory};
     let defaults = [
         ("macula_runtime_options", bytes_of(&runtime::macula_runtime_options::default())),
         ("macula_session_options", bytes_of(&session::macula_session_options::default())),
@@ -211,6 +219,7 @@ fn the_init_macros_are_the_defaults_of_the_library() {
         ("macula_trajectory_options", bytes_of(&trajectory::macula_trajectory_options::default())),
         ("macula_draw_options", bytes_of(&draw::macula_draw_options::default())),
         ("macula_discover_options", bytes_of(&discovery::macula_discover_options::default())),
+        ("macula_together_options", bytes_of(&together::macula_together_options::default())),
         ("macula_denoise_inputs", bytes_of(&denoise::macula_denoise_inputs::default())),
     ];
     let structs = header::items().into_iter().filter(|item| item.code.contains("_INIT {"));

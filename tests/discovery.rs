@@ -12,8 +12,8 @@ use macula::diffusion::pipeline::{AppliedConcept, ConceptScope, DrawOptions, Ima
 use macula::diffusion::unet::{Conditioning, UnetOptions};
 use macula::discovery::search::{Bound, Found, Method, search};
 use macula::discovery::{
-    Attentions, Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions, KeyValueGradient,
-    MOST_CHOSEN, Objective, Report, Request, Searched, Subject, Term, TuneOptions, Tuning,
+    ActingRow, Attentions, Batch, Discovery, DiscoveryOptions, Erasure, Examples, Goal, GradientOptions,
+    KeyValueGradient, MOST_CHOSEN, Members, Objective, Report, Request, Searched, Subject, Term, TuneOptions, Tuning,
 };
 use macula::onnx::grad::Spending;
 use macula::progress::{CancelToken, Job, Progress};
@@ -61,7 +61,7 @@ impl Reference {
                 class_labels: Some(self.i64s(&of("labels"))),
                 ..Conditioning::default()
             },
-            rows: self.i64s(&of("rows")).into_iter().map(|row| row as usize).collect(),
+            rows: self.i64s(&of("rows")).into_iter().zip(self.i64s(&of("sets"))).map(acting).collect(),
         }
     }
 
@@ -72,6 +72,10 @@ impl Reference {
     fn set(&self, name: &str) -> BTreeSet<usize> {
         self.i64s(name).into_iter().map(|index| index as usize).collect()
     }
+}
+
+fn acting((row, set): (i64, i64)) -> ActingRow {
+    ActingRow { row: row as usize, set: set as usize }
 }
 
 fn open(batch: &Batch, options: GradientOptions) -> KeyValueGradient {
@@ -100,15 +104,8 @@ fn agrees_with_the_reference(scope: &str, attentions: Attentions) {
     let cancel = CancelToken::new();
     let options = || GradientOptions { attentions, ..GradientOptions::default() };
     let gradient = open(&batches[0], options());
+    slopes_agree_with_the_reference(scope, &reference, &gradient);
     let ones = vec![1f32; gradient.len()];
-    for (name, scales) in [("slope", &ones), ("mixed", &reference.f32s("scales"))] {
-        let slope = gradient.slope(&batches[0], SHAPE, scales, &cancel).unwrap();
-        let expected = f64::from(reference.f32s(&format!("{name}_loss"))[0]);
-        assert!((slope.loss - expected).abs() <= 1e-5 * expected, "{scope} {name}: {} for {expected}", slope.loss);
-        let error = relative(&slope.scales, &reference.f32s(name));
-        println!("{scope} {name}: {error:.1e}");
-        assert!(error <= 1e-4, "{scope} {name}: {error:.1e}");
-    }
     // In lots of one state the sums are the same but for rounding.
     let halves = open(&batches[0], GradientOptions { lot: 1, ..options() });
     let slope = halves.slope(&batches[0], SHAPE, &ones, &cancel).unwrap();
@@ -137,6 +134,19 @@ fn agrees_with_the_reference(scope: &str, attentions: Attentions) {
     tuning_agrees_with_the_reference(scope, &reference, count, &mut loss);
 }
 
+/// At untouched weights and at random ones.
+fn slopes_agree_with_the_reference(scope: &str, reference: &Reference, gradient: &KeyValueGradient) {
+    let scales = reference.f32s("scales");
+    for (name, scales) in [("slope", &vec![1.0; scales.len()]), ("mixed", &scales)] {
+        let slope = gradient.slope(&reference.batch(0), SHAPE, scales, &CancelToken::new()).unwrap();
+        let expected = f64::from(reference.f32s(&format!("{name}_loss"))[0]);
+        assert!((slope.loss - expected).abs() <= 1e-5 * expected, "{scope} {name}: {} for {expected}", slope.loss);
+        let error = relative(&slope.scales, &reference.f32s(name));
+        println!("{scope} {name}: {error:.1e}");
+        assert!(error <= 1e-4, "{scope} {name}: {error:.1e}");
+    }
+}
+
 /// Gives the reference's set values in as many steps, over the same batches.
 fn tuning_agrees_with_the_reference(
     scope: &str,
@@ -144,11 +154,13 @@ fn tuning_agrees_with_the_reference(
     count: usize,
     loss: macula::discovery::search::Loss<'_>,
 ) {
-    let members: Vec<usize> = reference.set("learnt").into_iter().collect();
+    let places: Vec<usize> = reference.set("learnt").into_iter().collect();
     let losses = reference.f32s("tuned_losses");
     let options = TuneOptions { steps: losses.len(), ..TuneOptions::default() };
     let (weights, units) = (reference.f32s("untouched"), reference.f32s("units"));
-    let mut tuning = Tuning::new(count, members, weights, units, options).unwrap();
+    let begins = reference.0.contains_key("start").then(|| reference.f32s("start"));
+    let values = begins.unwrap_or_else(|| vec![0.0; places.len()]);
+    let mut tuning = Tuning::new(count, Members { places, weights, units, values }, options).unwrap();
     while !tuning.is_done() {
         tuning.step(loss).unwrap();
     }
@@ -181,6 +193,20 @@ fn an_erasing_set_is_the_references() {
 #[test]
 fn a_set_of_self_attention_too_is_the_references() {
     agrees_with_the_reference("both", Attentions::Both);
+}
+
+#[test]
+fn sets_that_are_tuned_together_are_the_references() {
+    let reference = Reference::of("together");
+    let batches = reference.batches();
+    let gradient = open(&batches[0], GradientOptions::default());
+    slopes_agree_with_the_reference("together", &reference, &gradient);
+    let mut loss = |scales: &[f32], number: usize| gradient.slope(&batches[number], SHAPE, scales, &CancelToken::new());
+    tuning_agrees_with_the_reference("together", &reference, 2 * gradient.len(), &mut loss);
+    // One set can't act on the rows of two.
+    let ones = vec![1f32; gradient.len()];
+    let error = gradient.slope(&batches[0], SHAPE, &ones, &CancelToken::new()).err().unwrap();
+    assert_eq!(error.status(), Status::InvalidArgument);
 }
 
 fn pipeline(threads: usize) -> Pipeline {

@@ -670,6 +670,17 @@ struct DiscoverOptions : macula_discover_options {
   DiscoverOptions() : macula_discover_options MACULA_DISCOVER_OPTIONS_INIT {}
 };
 
+/** How to tune concepts together, besides which. */
+struct TogetherOptions : macula_together_options {
+  TogetherOptions() : macula_together_options MACULA_TOGETHER_OPTIONS_INIT {}
+};
+
+/** A concept that is tuned with others, and pictures of its subject, all of one size. */
+struct Companion : macula_companion {
+  Companion(const Concept &of, Span<const macula_image> shown)
+      : macula_companion{of.get(), shown.data(), shown.size(), nullptr} {}
+};
+
 /** What one prediction is made from. */
 struct DenoiseInputs : macula_denoise_inputs {
   DenoiseInputs() : macula_denoise_inputs MACULA_DENOISE_INPUTS_INIT {}
@@ -799,6 +810,26 @@ class Pipeline : public detail::Owner<macula_pipeline, macula_pipeline_free> {
     macula_status status = macula_discover(get(), &options, &made);
     watch.end();
     return detail::outcome(status, Concept(made));
+  }
+
+  /** Gives the weights of several concepts new values, from scenes of their subjects; the new ones come in their order. */
+  Result<std::vector<Concept>> tune_together(Span<const Companion> companions, TogetherOptions options = {},
+                                             const Progress &progress = {}) {
+    detail::Watch watch(progress);
+    std::vector<macula_companion> plain(companions.begin(), companions.end());
+    options.companions = plain.data();
+    options.companion_count = plain.size();
+    watch.join(options);
+    std::vector<macula_concept *> made(plain.size() + 1, nullptr);
+    macula_status status = macula_tune_together(get(), &options, made.data());
+    watch.end();
+    std::vector<Concept> owned;
+    for (std::size_t at = 0; status == MACULA_STATUS_OK && at < plain.size(); ++at) owned.push_back(Concept(made[at]));
+    return detail::outcome(status, std::move(owned));
+  }
+  Result<std::vector<Concept>> tune_together(std::initializer_list<Companion> companions, TogetherOptions options = {},
+                                             const Progress &progress = {}) {
+    return tune_together(Span<const Companion>(companions), options, progress);
   }
 
   /** Encodes a prompt of any length. */

@@ -119,15 +119,19 @@ def learnt_mask(loss, count, batches, generator, rate=0.04, betas=(0.9, 0.99), p
     return Found(shut, losses)
 
 
-def tune(loss, shut, weights, units, steps, generator, rate=0.1, decay=0.01, betas=(0.9, 0.99), warm_up=10):
-    """Learns values for the shut weights, and for no other, by AdamW from zero: float32 [members], and the losses.
+def tune(
+    loss, shut, weights, units, steps, generator, rate=0.1, decay=0.01, betas=(0.9, 0.99), warm_up=10, start=None
+):
+    """Learns values for the shut weights, and for no other, by AdamW: float32 [members], and the losses. They begin at zero,
+    or at `start` [members].
 
     `weights` [N] are the untouched ones, `units` [N] what a step of one means for each: the standard deviation of its
     projection. The step size rises over `warm_up` steps to `rate` and falls to zero by a half cosine.
     """
     members = shut.nonzero()[:, 0]
     ours, unit = weights[members], units[members]
-    values = torch.zeros(len(members), requires_grad=True)
+    values = torch.zeros(len(members)) if start is None else start / unit
+    values.requires_grad_(True)
     optimizer = torch.optim.AdamW([values], lr=rate, betas=betas, eps=1e-12, weight_decay=decay)
     losses = []
     for k in range(1, steps + 1):

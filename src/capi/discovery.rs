@@ -418,13 +418,7 @@ impl Inputs {
         request.drawn_pictures = options.drawn_pictures as usize;
         request.seed = options.seed;
         request.spending.activations = (options.activation_bytes != 0).then_some(options.activation_bytes);
-        request.spending.effort = match options.save_memory {
-            0 => Effort::Speed,
-            1 => Effort::Memory,
-            other => {
-                return Err(Error::invalid_argument(format!("options.save_memory is {other}, must be 0 or 1")));
-            }
-        };
+        request.spending.effort = effort(options.save_memory)?;
         request.class_label = options.class_label.into();
         if options.embedding_steps > 0 {
             let (steps, rate) = (options.embedding_steps as usize, options.embedding_rate as f32);
@@ -512,11 +506,20 @@ unsafe fn numbers<const RANK: usize>(tensor: *const macula_tensor, name: &str) -
     Ok((read.into_vec().map_err(|error| error.at(name))?, shape))
 }
 
+/// What the field `save_memory` asks for.
+pub(super) fn effort(save_memory: i32) -> Result<Effort> {
+    match save_memory {
+        0 => Ok(Effort::Speed),
+        1 => Ok(Effort::Memory),
+        other => Err(Error::invalid_argument(format!("options.save_memory is {other}, must be 0 or 1"))),
+    }
+}
+
 /// A list of pictures, the fields `{name}s` and `{name}_count`, as one block.
 ///
 /// # Safety
 /// As [`Inputs::read`].
-unsafe fn joined(pictures: *const macula_image, count: usize, name: &str) -> Result<Images> {
+pub(super) unsafe fn joined(pictures: *const macula_image, count: usize, name: &str) -> Result<Images> {
     // SAFETY: as promised by the caller.
     let pictures = unsafe { slice(pictures, count, &format!("{name}s")) }?;
     let mut joined: Option<Images> = None;
@@ -544,7 +547,7 @@ unsafe fn joined(pictures: *const macula_image, count: usize, name: &str) -> Res
 ///
 /// # Safety
 /// As [`Inputs::read`].
-unsafe fn texts(pointer: *const *const c_char, count: usize, name: &str) -> Result<Vec<String>> {
+pub(super) unsafe fn texts(pointer: *const *const c_char, count: usize, name: &str) -> Result<Vec<String>> {
     if pointer.is_null() {
         return Ok(Vec::new());
     }

@@ -37,5 +37,6 @@ pub mod schedule;
 pub mod session;
 pub mod status;
 pub mod tensor;
+pub mod together;
 pub mod trajectory;
 pub mod version;

@@ -1,7 +1,7 @@
 //! A search, the inversion before it and the tuning after it, kept in a file between two batches, so that they can go on
 //! where they were broken off.
 //!
-//! A safetensors file: the tensor `losses` and one for each thing that the search's method remembers; where a token's
+//! A safetensors file. Of a search: the tensor `losses` and one for each thing that its method remembers; where a token's
 //! embedding is learnt, `inverted.losses` and what that remembers; once the tuning has begun, `tuned.losses` and what the
 //! tuning remembers. Its metadata has, under `macula.search`, a hash of all that the search depends on: another search never
 //! goes on from it.
@@ -28,14 +28,19 @@ const MAX_HEADER_BYTES: usize = 1 << 20;
 
 const LOSSES: &str = "losses";
 
-/// Writes a search and the descents beside it in one piece: on failure what was at `path` stays as it was.
-pub(super) fn save(path: &Path, identity: &str, search: &mut Search, descents: &mut [&mut Descent]) -> Result<()> {
-    let mut losses = copied(search.losses())?;
+/// Writes a search, if there is one, and the descents beside it in one piece: on failure what was at `path` stays as it was.
+pub(super) fn save(
+    path: &Path,
+    identity: &str,
+    mut search: Option<&mut Search>,
+    descents: &mut [&mut Descent],
+) -> Result<()> {
+    let mut losses = search.as_deref().map(|search| copied(search.losses())).transpose()?;
     let of_descent = |descent: &&mut Descent| Ok((descent.losses_name(), copied(descent.losses())?));
     let mut of_descents = descents.iter().map(of_descent).collect::<Result<Vec<_>>>()?;
-    let mut kept: Vec<(String, Numbers<'_>)> =
-        search.memory().into_iter().map(|(name, numbers)| (name.to_owned(), numbers)).collect();
-    kept.push((LOSSES.to_owned(), Numbers::F64(&mut losses)));
+    let of_search = search.iter_mut().flat_map(|search| search.memory());
+    let mut kept: Vec<(String, Numbers<'_>)> = of_search.map(|(name, numbers)| (name.to_owned(), numbers)).collect();
+    kept.extend(losses.iter_mut().map(|losses| (LOSSES.to_owned(), Numbers::F64(losses))));
     kept.extend(descents.iter_mut().flat_map(|descent| descent.memory()));
     kept.extend(of_descents.iter_mut().map(|(name, losses)| (name.clone(), Numbers::F64(losses))));
     let tensors = kept.iter().map(|(name, numbers)| Ok((name.as_str(), view(numbers)?))).collect::<Result<Vec<_>>>()?;
@@ -51,7 +56,7 @@ pub(super) fn save(path: &Path, identity: &str, search: &mut Search, descents: &
 /// Errors: `InvalidArgument` for the checkpoint of another search; `InvalidFile` for a file that is damaged or is none;
 /// `Io`; `OutOfMemory`.
 pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result<()> {
-    let most = most_bytes(search);
+    let most = most_bytes(Some(search), None);
     restore(path, identity, most, |tensors| {
         fill_all(tensors, search.memory())?;
         search.resume(losses_in(tensors, LOSSES)?)
@@ -60,8 +65,14 @@ pub(super) fn resume(path: &Path, identity: &str, search: &mut Search) -> Result
 
 /// Brings a descent to where the file left it; nothing if there is no file or the descent had not begun. Errors as
 /// [`resume`].
-pub(super) fn resume_descent(path: &Path, identity: &str, search: &mut Search, descent: &mut Descent) -> Result<()> {
-    restore(path, identity, most_bytes(search), |tensors| {
+pub(super) fn resume_descent(
+    path: &Path,
+    identity: &str,
+    search: Option<&mut Search>,
+    descent: &mut Descent,
+) -> Result<()> {
+    let most = most_bytes(search, Some(descent));
+    restore(path, identity, most, |tensors| {
         let losses = descent.losses_name();
         if tensors.tensor(&losses).is_err() {
             return Ok(());
@@ -71,11 +82,16 @@ pub(super) fn resume_descent(path: &Path, identity: &str, search: &mut Search, d
     })
 }
 
-/// The most bytes that the checkpoint of a search takes: a tuning remembers no more than a search, and learnt rows take a
-/// few megabytes at most.
-fn most_bytes(search: &mut Search) -> usize {
+/// The most bytes that a checkpoint takes: a tuning remembers no more than the search before it, and learnt rows take a few
+/// megabytes at most.
+fn most_bytes(search: Option<&mut Search>, descent: Option<&mut Descent>) -> usize {
     let rows = 3 * MAX_TEXT_ENCODERS * MAX_ROW * size_of::<f32>();
-    MAX_HEADER_BYTES + rows + 2 * search.memory().iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>()
+    let of_search = search.into_iter().flat_map(|search| search.memory()).map(|(_, numbers)| bytes_of(&numbers).len());
+    let of_descent = descent.into_iter().map(|descent| {
+        let memory = descent.memory();
+        memory.iter().map(|(_, numbers)| bytes_of(numbers).len()).sum::<usize>()
+    });
+    MAX_HEADER_BYTES + rows + 2 * of_search.chain(of_descent).sum::<usize>()
 }
 
 /// The content of a checkpoint of at most so many bytes, if there is one.
@@ -210,7 +226,7 @@ mod tests {
                 let path = folder.path().join(format!("{number}-{broken}"));
                 let mut first = begun(method);
                 run(&mut first, broken);
-                save(&path, "this one", &mut first, &mut []).unwrap();
+                save(&path, "this one", Some(&mut first), &mut []).unwrap();
                 let mut second = begun(method);
                 resume(&path, "this one", &mut second).unwrap();
                 assert_eq!(second.losses().len(), broken);
@@ -229,7 +245,7 @@ mod tests {
         resume(&path, "this one", &mut search).unwrap();
         assert!(search.losses().is_empty());
         run(&mut search, 5);
-        save(&path, "this one", &mut search, &mut []).unwrap();
+        save(&path, "this one", Some(&mut search), &mut []).unwrap();
         let refused = |path: &Path, identity: &str, method: Method| {
             let error = resume(path, identity, &mut begun(method)).unwrap_err();
             assert!(error.message().contains(&path.display().to_string()), "{error}");
@@ -244,7 +260,7 @@ mod tests {
             assert_eq!(refused(&path, "this one", METHODS[2]), Status::InvalidFile, "{end} bytes");
         }
         let nowhere = folder.path().join("none/kept");
-        let error = save(&nowhere, "this one", &mut search, &mut []).unwrap_err();
+        let error = save(&nowhere, "this one", Some(&mut search), &mut []).unwrap_err();
         assert_eq!(error.status(), Status::NotFound);
         assert!(error.message().contains("none/kept"), "{error}");
     }
@@ -262,7 +278,7 @@ mod tests {
             assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
         }
         let mut search = Search::new(100_000, 2, METHODS[0], Bound::Count(1)).unwrap();
-        let error = save(Path::new(&path), "this one", &mut search, &mut []).unwrap_err();
+        let error = save(Path::new(&path), "this one", Some(&mut search), &mut []).unwrap_err();
         assert_eq!(error.status(), Status::Io);
         assert!(error.message().contains("kept"), "{error}");
     }

@@ -47,9 +47,9 @@ pub(super) struct Descent {
 }
 
 impl Descent {
-    /// `count` values of zero.
-    pub(super) fn new(name: &'static str, count: usize, pace: Pace) -> Result<Self> {
-        let (values, mean, square) = (zeroed(count)?, zeroed(count)?, zeroed(count)?);
+    /// Begins at these values.
+    pub(super) fn new(name: &'static str, values: Vec<f32>, pace: Pace) -> Result<Self> {
+        let (mean, square) = (zeroed(values.len())?, zeroed(values.len())?);
         Ok(Self { name, pace, values, mean, square, losses: Vec::new() })
     }
 

@@ -19,7 +19,28 @@ pub struct Examples {
     /// The conditioning of each picture; its batch is the number of pictures.
     pub conditioning: Conditioning,
     /// Rows of each picture's text on which a set acts; `None` for all rows of all texts (the paper's global scope).
-    pub rows: Option<Vec<Vec<usize>>>,
+    pub rows: Option<Vec<Vec<ActingRow>>>,
+}
+
+/// A row on which a set acts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ActingRow {
+    /// Of a text, or of all texts of a batch, `entry * tokens + token`.
+    pub row: usize,
+    /// Which of several sets that are tuned together; 0 where there is one.
+    pub set: usize,
+}
+
+impl ActingRow {
+    fn moved(self, by: usize) -> Self {
+        Self { row: self.row + by, ..self }
+    }
+}
+
+impl From<usize> for ActingRow {
+    fn from(row: usize) -> Self {
+        Self { row, set: 0 }
+    }
 }
 
 /// What the prediction for a state should equal.
@@ -45,8 +66,8 @@ pub struct Batch {
     pub weights: Vec<f32>,
     /// What each state is conditioned on.
     pub conditioning: Conditioning,
-    /// Rows `entry * tokens + token` on which a set acts.
-    pub rows: Vec<usize>,
+    /// Rows on which a set acts.
+    pub rows: Vec<ActingRow>,
 }
 
 impl Examples {
@@ -82,7 +103,7 @@ impl Examples {
             )));
         }
         if let Some(rows) = &self.rows
-            && (rows.len() != self.len() || rows.iter().flatten().any(|&row| row >= tokens))
+            && (rows.len() != self.len() || rows.iter().flatten().any(|acting| acting.row >= tokens))
         {
             return Err(Error::invalid_argument(format!("{what}: rows lie outside the {tokens} tokens of a text")));
         }
@@ -104,7 +125,6 @@ impl Examples {
         let mut places = collected(0..batch)?;
         shuffle(&mut places, &mut random);
         let steps = schedule.training.len();
-        let unit = |random: &mut ChaCha12Rng| (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         let timesteps = places
             .iter()
             .map(|&place| (((place as f64 + unit(&mut random)) / batch as f64 * steps as f64) as usize).min(steps - 1));
@@ -131,8 +151,8 @@ impl Examples {
             extend(&mut drawn.targets, targets)?;
             let tokens = self.conditioning.tokens;
             match &self.rows {
-                None => extend(&mut drawn.rows, (0..tokens).map(|token| at * tokens + token))?,
-                Some(rows) => extend(&mut drawn.rows, rows[entry].iter().map(|row| at * tokens + row))?,
+                None => extend(&mut drawn.rows, (0..tokens).map(|token| ActingRow::from(at * tokens + token)))?,
+                Some(rows) => extend(&mut drawn.rows, rows[entry].iter().map(|acting| acting.moved(at * tokens)))?,
             }
         }
         Ok(drawn)
@@ -178,34 +198,43 @@ impl Batch {
             return Ok(());
         }
         let before = self.conditioning.batch * self.conditioning.tokens;
-        extend(&mut self.rows, other.rows.iter().map(|row| row + before))?;
+        extend(&mut self.rows, other.rows.iter().map(|acting| acting.moved(before)))?;
         extend(&mut self.states, other.states)?;
         extend(&mut self.timesteps, other.timesteps)?;
         extend(&mut self.targets, other.targets)?;
         extend(&mut self.weights, other.weights)?;
-        let (ours, theirs) = (&mut self.conditioning, other.conditioning);
-        ours.batch += theirs.batch;
-        extend(&mut ours.context, theirs.context)?;
-        append(&mut ours.text_embeds, theirs.text_embeds)?;
-        append(&mut ours.time_ids, theirs.time_ids)?;
-        append(&mut ours.class_labels, theirs.class_labels)?;
-        append(&mut ours.timestep_cond, theirs.timestep_cond)
+        join(&mut self.conditioning, other.conditioning)
     }
 
     /// The states `from..to` as a batch of their own.
     pub(super) fn part(&self, from: usize, to: usize) -> Result<Batch> {
         let elements = self.states.len() / self.timesteps.len().max(1);
         let tokens = self.conditioning.tokens;
-        let rows = self.rows.iter().filter(|row| (from * tokens..to * tokens).contains(*row));
+        let own = |acting: &&ActingRow| (from * tokens..to * tokens).contains(&acting.row);
+        let rows = self.rows.iter().filter(own);
         Ok(Batch {
             states: copied(&self.states[from * elements..to * elements])?,
             timesteps: copied(&self.timesteps[from..to])?,
             targets: copied(&self.targets[from * elements..to * elements])?,
             weights: copied(&self.weights[from..to])?,
             conditioning: pick(&self.conditioning, &collected(from..to)?)?,
-            rows: collected(rows.map(|row| row - from * tokens))?,
+            rows: collected(rows.map(|acting| ActingRow { row: acting.row - from * tokens, ..*acting }))?,
         })
     }
+}
+
+/// Puts a conditioning behind another, of as many tokens and features.
+pub(super) fn join(ours: &mut Conditioning, theirs: Conditioning) -> Result<()> {
+    if ours.batch == 0 {
+        *ours = theirs;
+        return Ok(());
+    }
+    ours.batch += theirs.batch;
+    extend(&mut ours.context, theirs.context)?;
+    append(&mut ours.text_embeds, theirs.text_embeds)?;
+    append(&mut ours.time_ids, theirs.time_ids)?;
+    append(&mut ours.class_labels, theirs.class_labels)?;
+    append(&mut ours.timestep_cond, theirs.timestep_cond)
 }
 
 fn append<T>(ours: &mut Option<Vec<T>>, theirs: Option<Vec<T>>) -> Result<()> {
@@ -239,9 +268,14 @@ pub(super) fn pick(all: &Conditioning, entries: &[usize]) -> Result<Conditioning
     })
 }
 
+/// A number in [0, 1).
+pub(super) fn unit(random: &mut ChaCha12Rng) -> f64 {
+    (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// Fisher and Yates, with a bounded number drawn by multiplication (Lemire 2019, without rejection: the bias is below
 /// 2^-50 for lists of this size).
-fn shuffle(list: &mut [usize], random: &mut ChaCha12Rng) {
+pub(super) fn shuffle(list: &mut [usize], random: &mut ChaCha12Rng) {
     for last in (1..list.len()).rev() {
         let chosen = ((u128::from(random.next_u64()) * (last as u128 + 1)) >> 64) as usize;
         list.swap(last, chosen);

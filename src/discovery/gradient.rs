@@ -15,7 +15,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use super::draw::Batch;
+use super::draw::{ActingRow, Batch};
 use super::search::Slope;
 use crate::concept::{ProjectionWeights, Projections, Weights};
 use crate::diffusion::precision;
@@ -245,7 +245,7 @@ impl KeyValueGradient {
         let mut names = Names { keys_values, weight_inputs, loss, cotangent: String::new() };
 
         let first = example.part(0, lot)?;
-        let steered = texts.steered(&first.conditioning, &[], None)?;
+        let steered = texts.steered(&first.conditioning, &[], &[])?;
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &steered)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -305,7 +305,7 @@ impl KeyValueGradient {
 
     /// The number of scales: of all searched projections in their order, `[out, in]` each.
     pub fn len(&self) -> usize {
-        self.texts.weights.iter().map(Vec::len).sum()
+        self.texts.len()
     }
 
     /// Never: a base has at least one weight.
@@ -362,7 +362,7 @@ impl KeyValueGradient {
         for from in (0..states).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let steered = self.texts.steered(&part.conditioning, &[], None)?;
+            let steered = self.texts.steered(&part.conditioning, &[], &[])?;
             let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
@@ -382,25 +382,31 @@ impl KeyValueGradient {
         Ok(TextSlope { loss, context: self.texts.through_weights(&sums, count * tokens)?, pooled })
     }
 
-    /// The weighted loss of a batch at `scales [N]` and its slope. The batch is a multiple of [`KeyValueGradient::lot`].
+    /// The weighted loss of a batch at `scales [N]` and its slope; for several sets, each with rows of its own in the batch,
+    /// `scales [sets N]`, one set's behind the other's. The batch is a multiple of [`KeyValueGradient::lot`].
     ///
-    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::NotFinite`] for a gradient that is not
+    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit, or several sets with weights of self-attention; [`Status::NotFinite`] for a gradient that is not
     /// finite, naming the projection; [`Status::Cancelled`]; what the session gives.
     pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
         let count = batch.timesteps.len();
-        if scales.len() != self.len() || count == 0 || !count.is_multiple_of(self.lot) {
+        let sets = scales.len() / self.len().max(1);
+        let fits = sets > 0 && scales.len().is_multiple_of(self.len()) && batch.rows.iter().all(|row| row.set < sets);
+        if !fits || count == 0 || !count.is_multiple_of(self.lot) {
             return Err(Error::invalid_argument(format!(
-                "{count} states and {} scales, expected a multiple of {} states and {} scales",
+                "{count} states and {} scales, expected a multiple of {} states and {} scales for each set",
                 scales.len(),
                 self.lot,
                 self.len()
             )));
         }
-        let mut slope = Slope { loss: 0.0, scales: zeroed(self.len())? };
+        if sets > 1 && self.texts.searches_self_attention() {
+            return Err(Error::invalid_argument("weights of self-attention act everywhere: there can be one set only"));
+        }
+        let mut slope = Slope { loss: 0.0, scales: zeroed(scales.len())? };
         for from in (0..count).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let steered = self.texts.steered(&part.conditioning, &part.rows, Some(scales))?;
+            let steered = self.texts.steered(&part.conditioning, &part.rows, scales)?;
             let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
@@ -433,29 +439,42 @@ impl Texts {
         cross.get(at).unwrap_or_else(|| &self.projections.self_attention()[at - cross.len()])
     }
 
-    /// Keys, values and weights, with `scales` acting on `rows`, those of self-attention on all.
-    fn steered(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Steered> {
+    fn searches_self_attention(&self) -> bool {
+        self.searched.iter().any(|&at| at >= self.projections.as_slice().len())
+    }
+
+    /// The number of scales of a set.
+    fn len(&self) -> usize {
+        self.weights.iter().map(Vec::len).sum()
+    }
+
+    /// Keys, values and weights, with the `scales` of each set acting on its `rows`, those of self-attention on all; untouched
+    /// without scales.
+    fn steered(&self, text: &Conditioning, rows: &[ActingRow], scales: &[f32]) -> Result<Steered> {
         let cross = self.projections.as_slice().len();
         let of_self = self.projections.self_attention().iter().map(|projection| widened(&projection.weights));
         let mut weights = of_self.collect::<Result<Vec<_>>>()?;
-        let mut rest = scales.unwrap_or_default();
-        for (own, &at) in self.weights.iter().zip(&self.searched) {
-            let (scales, others) = rest.split_at(own.len().min(rest.len()));
-            if let Some(weights) = at.checked_sub(cross).and_then(|at| weights.get_mut(at)) {
-                weights.iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
+        let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
+        let mut keys_values = base.into_base();
+        for (set, scales) in scales.chunks_exact(self.len().max(1)).enumerate() {
+            let mut rest = scales;
+            for (own, &at) in self.weights.iter().zip(&self.searched) {
+                let (scales, others) = rest.split_at(own.len());
+                if let Some(weights) = at.checked_sub(cross).and_then(|at| weights.get_mut(at)) {
+                    weights.iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
+                }
+                rest = others;
             }
-            rest = others;
+            self.steer(&mut keys_values, text, &rows_of(rows, set)?, scales)?;
         }
-        Ok(Steered { keys_values: self.keys_values(text, rows, scales)?, weights })
+        Ok(Steered { keys_values, weights })
     }
 
-    /// Keys and values `[B, tokens, out]` of each projection of cross-attention, with `scales` acting on `rows`.
-    fn keys_values(&self, text: &Conditioning, rows: &[usize], scales: Option<&[f32]>) -> Result<Vec<Vec<f32>>> {
-        let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
-        let mut values = base.into_base();
-        let Some(scales) = scales.filter(|scales| !rows.is_empty() && scales.iter().any(|&scale| scale != 1.0)) else {
-            return Ok(values);
-        };
+    /// Brings the keys and values of some rows to `scales`.
+    fn steer(&self, values: &mut [Vec<f32>], text: &Conditioning, rows: &[usize], scales: &[f32]) -> Result<()> {
+        if rows.is_empty() || scales.iter().all(|&scale| scale == 1.0) {
+            return Ok(());
+        }
         let features = self.projections.in_features();
         let mut touched = zeroed::<f32>(rows.len() * features)?;
         for (row, target) in rows.iter().zip(touched.chunks_exact_mut(features)) {
@@ -488,8 +507,7 @@ impl Texts {
                 }
                 Ok::<(), Error>(())
             })
-        })?;
-        Ok(values)
+        })
     }
 
     /// Σ `ȳ W` over all projections, `[rows, features]`.
@@ -516,10 +534,16 @@ impl Texts {
         Ok(sum)
     }
 
-    /// Adds to the slope of each scale `W ∘ (ȳᵀ C)` of the touched rows, or of self-attention `W` times its gradient.
+    /// Adds to the slope of each scale of each set `W ∘ (ȳᵀ C)` of the rows that it acts on, or of self-attention `W` times
+    /// its gradient.
     fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
+        let mut sets = slopes.chunks_exact_mut(self.len().max(1)).enumerate();
+        sets.try_for_each(|(set, slopes)| self.add_slopes_of(&rows_of(&part.rows, set)?, part, answers, slopes))
+    }
+
+    fn add_slopes_of(&self, rows: &[usize], part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
         let features = self.projections.in_features();
-        let (rows, context) = (&part.rows, &part.conditioning.context);
+        let context = &part.conditioning.context;
         let mut turned = zeroed::<f32>(rows.len() * features)?;
         for (at, row) in rows.iter().enumerate() {
             for (feature, value) in context[row * features..(row + 1) * features].iter().enumerate() {
@@ -645,6 +669,11 @@ fn integers(dtype: ElementType, shape: &[usize], values: &[i64]) -> Result<Tenso
         ElementType::I32 => Tensor::from_vec(shape, values.iter().map(|&value| value as i32).collect()),
         dtype => precision::from_f32(dtype, shape, &values.iter().map(|&value| value as f32).collect::<Vec<_>>()),
     }
+}
+
+/// The rows on which a set acts.
+fn rows_of(rows: &[ActingRow], set: usize) -> Result<Vec<usize>> {
+    collected(rows.iter().filter(|acting| acting.set == set).map(|acting| acting.row))
 }
 
 fn widened(weights: &Weights) -> Result<Vec<f32>> {

@@ -79,7 +79,8 @@ impl Inversion {
     /// Errors: those of [`InvertOptions::check`]; [`Status::OutOfMemory`].
     pub(super) fn new(word: &str, start: Vec<Vec<f32>>, options: InvertOptions) -> Result<Self> {
         options.check()?;
-        let descent = Descent::new("inverted", start.iter().map(Vec::len).sum(), options.pace())?;
+        let count = start.iter().map(Vec::len).sum();
+        let descent = Descent::new("inverted", zeroed(count)?, options.pace())?;
         let units = start.iter().map(|row| deviation(row)).collect();
         Ok(Self { word: word.to_owned(), start, units, descent })
     }

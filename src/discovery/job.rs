@@ -14,12 +14,12 @@ use super::gradient::{KeyValueGradient, TextSlope};
 use super::held_out;
 use super::invert::{Inversion, InvertOptions, Inverted, TokenTexts};
 use super::search::{Bound, Found, Method, Search, Slope};
-use super::tune::{TuneOptions, Tuning};
-use crate::concept::{Indices, Layer, NeuronSet, Values};
+use super::tune::{Members, TuneOptions, Tuning};
+use crate::concept::{Indices, Layer, NeuronSet, Precision, Values};
 use crate::diffusion::schedule::SchedulerConfig;
 use crate::diffusion::unet::{Conditioning, Unet};
 use crate::error::{Error, Result};
-use crate::memory::{collected, extend};
+use crate::memory::{collected, extend, zeroed};
 use crate::progress::{Job, Progress};
 
 /// A part of the loss: the mean squared error of predictions for some examples.
@@ -267,7 +267,7 @@ impl Discovery {
         let learning = learning.ok_or_else(|| Error::invalid_argument("there is no word whose embedding to learn"))?;
         let mut inversion = Inversion::new(learning.texts.word(), learning.texts.start(), wanted)?;
         if let Some(path) = &options.checkpoint {
-            checkpoint::resume_descent(path, identity, search, inversion.descent_mut())?;
+            checkpoint::resume_descent(path, identity, Some(search), inversion.descent_mut())?;
         }
         tell("invert", inversion.losses(), wanted.steps, job)?;
         while !inversion.is_done() {
@@ -277,7 +277,14 @@ impl Discovery {
             });
             let outcome = outcome.and_then(|()| tell("invert", inversion.losses(), wanted.steps, job));
             let done = inversion.losses().len();
-            keep(options, identity, search, &mut [inversion.descent_mut()], (done, wanted.steps), outcome)?;
+            keep(
+                &options.checkpoint,
+                identity,
+                Some(search),
+                &mut [inversion.descent_mut()],
+                (done, wanted.steps),
+                outcome,
+            )?;
         }
         let mut held_out = |rows: &[Vec<f32>]| -> Result<f64> {
             let count = HELD_OUT.len() as f64;
@@ -330,7 +337,7 @@ impl Discovery {
             let outcome = outcome.and_then(|()| tell("search", search.losses(), options.batches, job));
             let done = (search.losses().len(), options.batches);
             let mut beside: Vec<&mut Descent> = inversion.iter_mut().map(Inversion::descent_mut).collect();
-            keep(options, &identity, &mut search, &mut beside, done, outcome)?;
+            keep(&options.checkpoint, &identity, Some(&mut search), &mut beside, done, outcome)?;
         }
         let mut sizes = Vec::new();
         if let Bound::HeldOut(most) = options.bound {
@@ -353,9 +360,9 @@ impl Discovery {
         }
         let mut values = None;
         if let Some(wanted) = options.tune.filter(|_| !neurons.is_empty()) {
-            let mut tuning = tuning(gradient, &shut, wanted)?;
+            let mut tuning = Tuning::new(shut.len(), members(gradient, &shut)?, wanted)?;
             if let Some(path) = &options.checkpoint {
-                checkpoint::resume_descent(path, &identity, &mut search, tuning.descent_mut())?;
+                checkpoint::resume_descent(path, &identity, Some(&mut search), tuning.descent_mut())?;
             }
             tell("tune", tuning.losses(), wanted.steps, job)?;
             while !tuning.is_done() {
@@ -365,10 +372,10 @@ impl Discovery {
                 let done = (tuning.losses().len(), wanted.steps);
                 let mut beside: Vec<&mut Descent> = inversion.iter_mut().map(Inversion::descent_mut).collect();
                 beside.push(tuning.descent_mut());
-                keep(options, &identity, &mut search, &mut beside, done, outcome)?;
+                keep(&options.checkpoint, &identity, Some(&mut search), &mut beside, done, outcome)?;
             }
             losses.extend(tuning.losses());
-            values = Some(tuned_values(gradient, &neurons, tuning.values()?, wanted)?);
+            values = Some(tuned_values(gradient, &neurons, tuning.values()?, wanted.precision)?);
         }
         Ok(Report { neurons, values, inverted, losses, sizes, agreement, elapsed: began.elapsed() })
     }
@@ -396,16 +403,16 @@ impl Discovery {
 }
 
 /// Passes on how a batch went, after writing the checkpoint where it is due; `done` of `total` batches of a stage are made.
-fn keep(
-    options: &DiscoveryOptions,
+pub(super) fn keep(
+    checkpoint: &Option<PathBuf>,
     identity: &str,
-    search: &mut Search,
+    search: Option<&mut Search>,
     descents: &mut [&mut Descent],
     (done, total): (usize, usize),
     outcome: Result<()>,
 ) -> Result<()> {
     let due = done >= total || outcome.is_err() || done.is_multiple_of(CHECKPOINT_BATCHES);
-    let saved = match &options.checkpoint {
+    let saved = match checkpoint {
         Some(path) if due => checkpoint::save(path, identity, search, descents),
         _ => Ok(()),
     };
@@ -413,16 +420,16 @@ fn keep(
 }
 
 /// Reports how far a stage is.
-fn tell(stage: &str, losses: &[f64], total: usize, job: &mut Job<'_>) -> Result<()> {
+pub(super) fn tell(stage: &str, losses: &[f64], total: usize, job: &mut Job<'_>) -> Result<()> {
     let last = &losses[losses.len().saturating_sub(RUNNING)..];
     let loss = (!last.is_empty()).then(|| last.iter().sum::<f64>() / last.len() as f64);
     job.tell(Progress { stage, done: losses.len() as u64, total: total as u64, loss })
 }
 
-/// A tuning of the shut weights, in units of the standard deviation of each projection.
-fn tuning(gradient: &KeyValueGradient, shut: &[bool], options: TuneOptions) -> Result<Tuning> {
+/// The shut weights, to be tuned from zero in units of the standard deviation of each projection.
+pub(super) fn members(gradient: &KeyValueGradient, shut: &[bool]) -> Result<Members> {
     let chosen = || gradient.weights().flatten().zip(shut).enumerate().filter(|(_, (_, shut))| **shut);
-    let members = collected(chosen().map(|(at, _)| at))?;
+    let places = collected(chosen().map(|(at, _)| at))?;
     let weights = collected(chosen().map(|(_, (weight, _))| *weight))?;
     let mut units = Vec::new();
     let mut rest = shut;
@@ -432,7 +439,8 @@ fn tuning(gradient: &KeyValueGradient, shut: &[bool], options: TuneOptions) -> R
         extend(&mut units, shut.iter().filter(|shut| **shut).map(|_| unit))?;
         rest = others;
     }
-    Tuning::new(shut.len(), members, weights, units, options)
+    let values = zeroed(places.len())?;
+    Ok(Members { places, weights, units, values })
 }
 
 /// The standard deviation of some weights.
@@ -443,18 +451,18 @@ pub(super) fn deviation(weights: &[f32]) -> f32 {
 }
 
 /// The values of all members, which are in the order of the scales, shared out to the layers, which are in that of their paths.
-fn tuned_values(
+pub(super) fn tuned_values(
     gradient: &KeyValueGradient,
     neurons: &NeuronSet,
     values: Vec<f32>,
-    options: TuneOptions,
+    precision: Precision,
 ) -> Result<Values> {
     let mut values = values.into_iter();
     let mut layers: Vec<Vec<f32>> = neurons.layers().iter().map(|_| Vec::new()).collect();
     for place in gradient.searched().filter_map(|projection| neurons.position(&projection.path)) {
         layers[place] = collected(values.by_ref().take(neurons.layers()[place].indices().len()))?;
     }
-    Values::new(options.precision, neurons, layers)
+    Values::new(precision, neurons, layers)
 }
 
 /// The shut weights as a set.

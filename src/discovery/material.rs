@@ -1,6 +1,6 @@
 //! What a request's loss is made of: pictures, given or drawn by the model itself, with texts and goals.
 
-use super::draw::{Examples, Objective};
+use super::draw::{ActingRow, Examples, Objective};
 use super::job::Term;
 use super::request::{Encoded, EncodedSubject, Erasure, Goal, Request, Subject};
 use crate::concept::Scope;
@@ -61,7 +61,7 @@ impl Request<'_> {
                 ..Conditioning::default()
             };
             let (states, shape) = (encoded.latents.to_vec(), [channels, height, width]);
-            let rows = rows.map(|rows| vec![rows; count]);
+            let rows = rows.map(|rows| vec![acting(&rows, 0); count]);
             let examples = Examples { states, shape, conditioning, rows };
             Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 }
         };
@@ -144,8 +144,9 @@ impl Request<'_> {
         let size = self.size(pipeline);
         let (conditioning, texts) = pipeline.condition(prompts, self.class_label, size, &job.cancel)?;
         let rows: Vec<Vec<usize>> = texts.iter().map(|text| rows_of(text, words)).collect();
-        let acting = (self.scope == Scope::Local).then(|| rows.clone());
-        Ok((Examples { states, shape, conditioning, rows: acting }, rows))
+        let local = self.scope == Scope::Local;
+        let own = local.then(|| rows.iter().map(|rows| acting(rows, 0)).collect());
+        Ok((Examples { states, shape, conditioning, rows: own }, rows))
     }
 
     /// One state for each prompt as the model draws it, `[C, H, W]` each.
@@ -178,19 +179,24 @@ impl Subject<'_> {
 }
 
 /// On which words a subject's set acts: the trigger, and the noun behind it. Elsewhere the noun may mean another thing.
-fn words(trigger: &str, class_noun: &str) -> Vec<String> {
+pub(super) fn words(trigger: &str, class_noun: &str) -> Vec<String> {
     vec![trigger.to_owned(), format!("{trigger} {class_noun}")]
 }
 
-fn rows_of(text: &Embedding, words: &[String]) -> Vec<usize> {
+pub(super) fn rows_of(text: &Embedding, words: &[String]) -> Vec<usize> {
     let mut rows: Vec<usize> = words.iter().flat_map(|words| text.prompt.rows_of(words)).collect();
     rows.sort_unstable();
     rows.dedup();
     rows
 }
 
+/// Rows of a text with the set that acts on them.
+pub(super) fn acting(rows: &[usize], set: usize) -> Vec<ActingRow> {
+    rows.iter().map(|&row| ActingRow { row, set }).collect()
+}
+
 /// Fails for a prompt in which the word has no row.
-fn check_words(rows: &[Vec<usize>], prompts: &[String], word: &str) -> Result<()> {
+pub(super) fn check_words(rows: &[Vec<usize>], prompts: &[String], word: &str) -> Result<()> {
     match rows.iter().zip(prompts).find(|(rows, _)| rows.is_empty()) {
         Some((_, prompt)) => Err(Error::invalid_argument(format!("the prompt {prompt:?} lacks {word:?}"))),
         None => Ok(()),

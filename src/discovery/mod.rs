@@ -19,13 +19,16 @@ mod invert;
 mod job;
 mod material;
 mod request;
+mod scenes;
 pub mod search;
+mod together;
 mod tune;
 
 pub use descent::WARM_UP;
-pub use draw::{Batch, Examples, Objective};
+pub use draw::{ActingRow, Batch, Examples, Objective};
 pub use gradient::{Attentions, GradientOptions, KeyValueGradient, Searched, TextSlope};
 pub use invert::{InvertOptions, Inverted, TokenTexts};
 pub use job::{CHECKPOINT_BATCHES, Discovery, DiscoveryOptions, Report, Term};
 pub use request::{Encoded, EncodedSubject, Erasure, Goal, MOST_CHOSEN, Request, Subject};
-pub use tune::{TuneOptions, Tuning};
+pub use together::{Companion, Together};
+pub use tune::{Members, TuneOptions, Tuning};

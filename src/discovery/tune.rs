@@ -1,7 +1,7 @@
 //! Tuning: new values for the weights of a found set and for no other (the fine-tuning of Cones, arXiv 2303.05125).
 //!
-//! The values start at zero, where a set shuts its weights, and are learnt by AdamW in the unit of each weight: the standard
-//! deviation of its projection. This file knows no network.
+//! The values start at zero, where a set shuts its weights, or where an earlier tuning left them, and are learnt by AdamW in
+//! the unit of each weight: the standard deviation of its projection. This file knows no network.
 
 use super::descent::{Descent, Pace};
 use super::search::{Loss, finite_slope};
@@ -40,13 +40,25 @@ impl TuneOptions {
     }
 }
 
+/// Weights that are tuned.
+#[derive(Clone, Debug, Default)]
+pub struct Members {
+    /// Their places among the scales, ascending.
+    pub places: Vec<usize>,
+    /// Their untouched weights.
+    pub weights: Vec<f32>,
+    /// What a step of 1 means for each.
+    pub units: Vec<f32>,
+    /// The values that they begin at, in the unit of the weights.
+    pub values: Vec<f32>,
+}
+
 /// A tuning between two steps: all that the coming ones depend on.
 pub struct Tuning {
     /// Scales of the loss.
     count: usize,
-    /// Those that are tuned, ascending.
+    /// Those that are tuned.
     members: Vec<usize>,
-    /// Their untouched weights, and the unit of each.
     weights: Vec<f32>,
     units: Vec<f32>,
     /// The values in units.
@@ -54,23 +66,20 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// Values of zero for `members`, ascending places among `count` scales, with their untouched weights and the units in
-    /// which these are counted.
+    /// Tunes some of `count` scales.
     ///
     /// Errors: [`crate::Status::InvalidArgument`] for no member; those of [`TuneOptions::check`].
-    pub fn new(
-        count: usize,
-        members: Vec<usize>,
-        weights: Vec<f32>,
-        units: Vec<f32>,
-        options: TuneOptions,
-    ) -> Result<Self> {
+    pub fn new(count: usize, members: Members, options: TuneOptions) -> Result<Self> {
         options.check()?;
-        if members.is_empty() {
+        let Members { places, weights, units, values } = members;
+        if places.is_empty() {
             return Err(Error::invalid_argument("the search found no weight whose shutting lowers the loss, to tune"));
         }
-        let descent = Descent::new("tuned", members.len(), options.pace())?;
-        Ok(Self { count, members, weights, units, descent })
+        // A projection of equal weights has no unit, and none of its values moves.
+        let in_units = |(value, unit): (&f32, &f32)| if *unit == 0.0 { 0.0 } else { value / unit };
+        let start = collected(values.iter().zip(&units).map(in_units))?;
+        let descent = Descent::new("tuned", start, options.pace())?;
+        Ok(Self { count, members: places, weights, units, descent })
     }
 
     /// The loss of each step so far.
@@ -143,7 +152,8 @@ mod tests {
 
     fn tuning(members: &[usize], options: TuneOptions) -> Result<Tuning> {
         let weights = members.iter().map(|&member| WEIGHTS[member]).collect();
-        Tuning::new(4, members.to_vec(), weights, vec![0.5; members.len()], options)
+        let (units, values) = (vec![0.5; members.len()], vec![0.0; members.len()]);
+        Tuning::new(4, Members { places: members.to_vec(), weights, units, values }, options)
     }
 
     #[test]

@@ -248,6 +248,28 @@ static void a_search_takes_pictures_and_stops(Pipeline &pipeline) {
   CHECK(stopped.error().status == MACULA_STATUS_CANCELLED);
 }
 
+static void concepts_are_tuned_together(Pipeline &pipeline) {
+  macula::DrawOptions draw = quick();
+  draw.width = draw.height = 32;
+  auto drawn = pipeline.draw("a cat", draw).value();
+  std::vector<macula_image> pictures(drawn.begin(), drawn.end());
+  macula::DiscoverOptions search;
+  search.method = MACULA_METHOD_SALIENCY;
+  search.batches = search.batch = 1;
+  auto cat = pipeline.discover(pictures, "<s1>", "cat", search).value();
+  auto dog = pipeline.discover(pictures, "<s2>", "dog", search).value();
+  macula::TogetherOptions options;
+  options.steps = options.scenes = options.batch = 2;
+  auto tuned = pipeline.tune_together({{cat, pictures}, {dog, pictures}}, options).value();
+  CHECK(tuned.size() == 2 && tuned[1].info()->neurons == dog.info()->neurons);
+  CHECK(std::string(tuned[1].info()->trigger) == "<s2>");
+  auto alone = pipeline.tune_together({{cat, pictures}}, options);
+  CHECK(alone.error().status == MACULA_STATUS_INVALID_ARGUMENT);
+  auto stopped = pipeline.tune_together({{cat, pictures}, {dog, pictures}}, options,
+                                        [](const macula_progress &) { return Flow::stop; });
+  CHECK(stopped.error().status == MACULA_STATUS_CANCELLED);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 4);
   std::string model = argv[1], pictures = argv[2], folder = argv[3];
@@ -270,6 +292,7 @@ int main(int argc, char **argv) {
   turning_points_are_chosen(pipeline, pictures);
   pictures_are_written_and_read(pipeline, folder);
   a_search_takes_pictures_and_stops(pipeline);
+  concepts_are_tuned_together(pipeline);
   CHECK(heard > 0);
   runtime = Runtime::create().value();
   int before = heard;

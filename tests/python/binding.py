@@ -316,6 +316,28 @@ class Discovering(WithPipeline):
             pipeline.clear()
             np.testing.assert_array_equal(pipeline.draw("a cat", **QUICK)[0], base)
 
+    def test_concepts_are_tuned_together(self):
+        pictures, search = self.subject[0], {**self.SEARCH, "method": "saliency", "batches": 1}
+        found = [self.pipeline.discover(pictures, trigger, "cat", **search) for trigger in ("<s1>", "<s2>")]
+        companions = [macula.Companion(one, pictures) for one in found]
+        options, told = {"steps": 3, "batch": 2, "scenes": 4, "values": "quaternary"}, []
+        tuned = self.pipeline.tune_together(companions, progress=told.append, **options)
+        self.assertEqual([one.done for one in told if one.stage == "tune"], [0, 1, 2, 3])
+        for one, before in zip(tuned, found, strict=True):
+            self.assertEqual((one.trigger, self.neurons(one)), (before.trigger, self.neurons(before)))
+            self.assertEqual((before.precision, one.precision), (macula.Values.NONE, macula.Values.QUATERNARY))
+        companions[1].prompts = ["a <s2> cat on a red background"] * len(pictures)
+        again = self.pipeline.tune_together(companions, **options)
+        self.assertNotEqual(again[1].values(0).tolist(), tuned[1].values(0).tolist())
+        companions[1].prompts = ["a <s2> cat"]
+        with self.assertRaisesRegex(ValueError, "1 prompts for 2 pictures"):
+            self.pipeline.tune_together(companions)
+        with self.assertRaisesRegex(macula.InvalidArgument, "1 concepts"):
+            self.pipeline.tune_together(companions[:1])
+        with self.assertRaises(TypeError):
+            self.pipeline.tune_together(companions[:1], colour="red")
+        self.assert_draws_as_before()
+
     def test_prompts_are_looked_at(self):
         plain = self.pipeline.discover(*self.subject, **self.SEARCH)
         usual, other = (

@@ -29,6 +29,7 @@ const SECTIONS: &[&str] = &[
     "draw",
     "denoise",
     "discovery",
+    "together",
     "memory",
 ];
 

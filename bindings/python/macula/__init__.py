@@ -11,17 +11,17 @@ from .concepts import Concept, Layer, Overlap
 from .errors import Cancelled, InvalidArgument, MaculaError, OutOfMemory
 from .images import Images, read_image, write_png
 from .jobs import CancelToken, Progress
-from .options import DiscoverOptions, DrawOptions, SessionOptions, TrajectoryOptions
-from .pipeline import Embedding, Memory, Pipeline, Term
+from .options import DiscoverOptions, DrawOptions, SessionOptions, TogetherOptions, TrajectoryOptions
+from .pipeline import Companion, Embedding, Memory, Pipeline, Term
 from .runtime import Runtime
 from .schedules import Moment, Schedule, Trajectory
 
 __version__ = _version()
 
 __all__ = [
-    "Attention", "CancelToken", "Cancelled", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions", "Embedding",
-    "Images", "InvalidArgument", "Layer", "LogLevel", "MaculaError", "Memory", "Method", "Moment", "Optimization",
-    "OutOfMemory", "Overlap", "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Schedule", "Scope",
-    "Searched", "SessionOptions", "Status", "Term", "Trajectory", "TrajectoryOptions", "Values", "read_image",
-    "write_png",
+    "Attention", "CancelToken", "Cancelled", "Companion", "Concept", "ConvolutionSearch", "DiscoverOptions", "DrawOptions",
+    "Embedding", "Images", "InvalidArgument", "Layer", "LogLevel", "MaculaError", "Memory", "Method", "Moment",
+    "Optimization", "OutOfMemory", "Overlap", "Pipeline", "Progress", "Provider", "Role", "Runtime", "Sampler", "Schedule",
+    "Scope", "Searched", "SessionOptions", "Status", "Term", "TogetherOptions", "Trajectory", "TrajectoryOptions", "Values",
+    "read_image", "write_png",
 ]

@@ -568,6 +568,39 @@ class macula_discover_options(Struct):
     _defaults_ = {"density": 0.01, "preserve_weight": 1.0, "tune_rate": 0.1, "batches": 60, "batch": 8, "drawn_pictures": 12, "values": 3, "embedding_rate": 0.1}
 
 
+class macula_companion(Struct):
+    _fields_ = [
+        ("subject", c_void_p),
+        ("pictures", POINTER(macula_image)),
+        ("picture_count", c_size_t),
+        ("prompts", POINTER(c_char_p)),
+    ]
+
+
+class macula_together_options(Struct):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("companions", POINTER(macula_companion)),
+        ("companion_count", c_size_t),
+        ("checkpoint", c_char_p),
+        ("cancel", c_void_p),
+        ("progress", macula_progress_fn),
+        ("progress_userdata", c_void_p),
+        ("rate", c_double),
+        ("seed", c_uint64),
+        ("activation_bytes", c_uint64),
+        ("steps", c_uint32),
+        ("scenes", c_uint32),
+        ("batch", c_uint32),
+        ("lot", c_uint32),
+        ("save_memory", c_int32),
+        ("class_label", c_int32),
+        ("values", c_int32),
+        ("reserved", c_uint32),
+    ]
+    _defaults_ = {"rate": 0.1, "steps": 300, "scenes": 128, "batch": 8, "values": 3}
+
+
 class macula_memory_info(Struct):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -643,5 +676,6 @@ FUNCTIONS = {
     "macula_embedding_free": (c_int32, [c_void_p]),
     "macula_pipeline_denoise": (c_int32, [c_void_p, POINTER(macula_denoise_inputs), POINTER(macula_tensor)]),
     "macula_discover": (c_int32, [c_void_p, POINTER(macula_discover_options), POINTER(c_void_p)]),
+    "macula_tune_together": (c_int32, [c_void_p, POINTER(macula_together_options), POINTER(c_void_p)]),
     "macula_pipeline_get_memory": (c_int32, [c_void_p, POINTER(macula_memory_info)]),
 }

@@ -97,6 +97,22 @@ class DiscoverOptions(TypedDict, total=False):
     embedding_rate: float
 
 
+class TogetherOptions(TypedDict, total=False):
+    """How to tune concepts together, besides which (`macula_together_options`)."""
+
+    steps: int
+    rate: float
+    scenes: int
+    seed: int
+    batch: int
+    lot: int
+    save_memory: bool
+    activation_bytes: int
+    class_label: int
+    checkpoint: StrPath
+    values: _abi.Values | str
+
+
 def choice(kind: type[IntEnum], value: IntEnum | int | str) -> int:
     """A value of an enumeration, also by its name in any case: `"ddim"`."""
     if isinstance(value, str):

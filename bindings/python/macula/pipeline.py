@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from ctypes import POINTER, byref, c_char_p, c_uint32, pointer
+from ctypes import POINTER, byref, c_char_p, c_uint32, c_void_p, pointer
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
 from ._abi import (
-    Role, Scope, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
+    Role, Scope, macula_companion, macula_denoise_inputs, macula_discover_options, macula_draw_options, macula_embedding_info, macula_image,
     macula_layer_info, macula_memory_info, macula_pipeline_info, macula_pipeline_options, macula_session_options, macula_term,
+    macula_together_options,
 )
 from ._library import Closable, Handle, StrPath, check, info, lent_array, library, numbers, receive, tensor, text
 from .concepts import Concept, Layer
 from .images import Images, read_image, view
 from .jobs import CancelToken, Progress, run
-from .options import DiscoverOptions, DrawOptions, SessionOptions, choice, fill
+from .options import DiscoverOptions, DrawOptions, SessionOptions, TogetherOptions, choice, fill
 from .runtime import Runtime, shared
 from .schedules import Schedule
 
@@ -42,6 +43,20 @@ class Term:
     scope: Scope | str = Scope.DEFAULT
     words: str | None = None
     tokens: Sequence[int] = ()
+
+
+@dataclass
+class Companion:
+    """A concept that is tuned with others.
+
+    - `concept`: found to draw its subject, with a trigger, in local scope.
+    - `pictures`: of the subject, as for `Pipeline.discover`.
+    - `prompts`: what each picture shows, with the trigger; `"a TRIGGER NOUN"` if not given.
+    """
+
+    concept: Concept
+    pictures: Sequence[np.ndarray | StrPath]
+    prompts: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,11 +246,7 @@ class Pipeline(Closable):
         """
         wanted = macula_discover_options.new()
         fill(wanted, options, DiscoverOptions)
-        width, height = size or self.size
-        read = [
-            [one if isinstance(one, np.ndarray) else read_image(one, width, height) for one in some]
-            for some in (pictures, class_pictures)
-        ]
+        read = self._read(pictures, size), self._read(class_pictures, size)
         views, class_views = ([view(one) for one in some] for some in read)
         wanted.pictures, wanted.picture_count = (macula_image * len(views))(*views), len(views)
         if class_views:
@@ -306,6 +317,43 @@ class Pipeline(Closable):
         wanted.width, wanted.height = size or (0, 0)
         return self._discovered(wanted, preserve, progress, cancel)
 
+    def tune_together(
+        self,
+        companions: Sequence[Companion],
+        *,
+        size: tuple[int, int] | None = None,
+        progress: Callable[[Progress], object] | bool | None = None,
+        cancel: CancelToken | None = None,
+        **options: Unpack[TogetherOptions],
+    ) -> list[Concept]:
+        """Gives the weights of several concepts new values, learnt from scenes of their subjects side by side, which are
+        made of their pictures; see `TogetherOptions`. The new concepts are in the order of `companions`.
+
+        - `size`: width and height that pictures in files are read at.
+        - `progress`, `cancel`: as for `draw`. With a `checkpoint`, the same tuning goes on where it was stopped.
+        """
+        wanted = macula_together_options.new()
+        fill(wanted, options, TogetherOptions)
+        array = (macula_companion * len(companions))()
+        kept = []  # A view does not keep the array that it shows.
+        for one, made in zip(companions, array):
+            pictures = self._read(one.pictures, size)
+            views = (macula_image * len(pictures))(*map(view, pictures))
+            made.subject, made.pictures, made.picture_count = one.concept.pointer, views, len(pictures)
+            if one.prompts is not None:
+                if len(one.prompts) != len(pictures):
+                    raise ValueError(f"{len(one.prompts)} prompts for {len(pictures)} pictures")
+                made.prompts = _texts(one.prompts)
+            kept.append(pictures)
+        wanted.companions, wanted.companion_count = array, len(array)
+        handles = (c_void_p * max(1, len(array)))()
+
+        def call() -> list[Concept]:
+            check(library.macula_tune_together(self.pointer, byref(wanted), handles))
+            return [Concept(handle) for handle in handles if handle is not None]
+
+        return run(call, wanted, progress, cancel)
+
     def encode_prompt(self, prompt: str, cancel: CancelToken | None = None) -> Embedding:
         """Encodes a prompt of any length."""
         token = cancel.pointer if cancel else None
@@ -346,6 +394,10 @@ class Pipeline(Closable):
             raise ValueError("out must be a writeable float32 array in C order")
         check(library.macula_pipeline_denoise(self.pointer, byref(inputs), byref(tensor(out))))
         return out
+
+    def _read(self, pictures: Sequence[np.ndarray | StrPath], size: tuple[int, int] | None) -> list[np.ndarray]:
+        width, height = size or self.size
+        return [one if isinstance(one, np.ndarray) else read_image(one, width, height) for one in pictures]
 
     def _discovered(
         self,

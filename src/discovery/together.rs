@@ -1,0 +1,325 @@
+//! Tuning several concepts together, on scenes that show their subjects side by side. Each concept was found and tuned alone,
+//! and alone it never met the others: in one picture their keys draw the same queries. Here each set keeps its weights and its
+//! words, and all values are learnt from one loss (Cones tunes joined sets too; rows for each, and the scenes, are ours).
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use sha2::{Digest, Sha256};
+
+use super::checkpoint;
+use super::draw::{Batch, Examples, join};
+use super::gradient::{Attentions, GradientOptions, KeyValueGradient, Searched};
+use super::job::{keep, members, tell, tuned_values};
+use super::material::{acting, check_words, rows_of, words};
+use super::scenes::{Shown, scenes};
+use super::search::Slope;
+use super::tune::{Members, TuneOptions, Tuning};
+use crate::concept::{Concept, GatheredConcept, NeuronSet, Role, Scope};
+use crate::diffusion::pipeline::{AppliedConcept, ConceptScope, Images, Pipeline};
+use crate::diffusion::schedule::SchedulerConfig;
+use crate::error::{Error, Result, Status};
+use crate::memory::{collected, extend, filled, zeroed};
+use crate::onnx::attention;
+use crate::onnx::grad::Spending;
+use crate::progress::Job;
+
+/// A concept that is tuned with others.
+#[derive(Clone, Debug)]
+pub struct Companion<'a> {
+    /// Found to draw its subject, in local scope, on cross-attention.
+    pub concept: &'a Concept,
+    /// Pictures of the subject, of the same size as the others'.
+    pub pictures: &'a Images,
+    /// One prompt a picture, each with the trigger; none for "a TRIGGER NOUN" throughout.
+    pub prompts: Vec<String>,
+}
+
+/// Concepts to tune together, and how.
+#[derive(Clone, Debug)]
+pub struct Together<'a> {
+    /// At least two, each with a trigger of its own.
+    pub companions: Vec<Companion<'a>>,
+    /// How many scenes of two to four subjects are made of the pictures, which are shown by themselves too.
+    pub scenes: usize,
+    /// How the values are learnt, and kept. They begin where each concept has them, or at zero where it shuts.
+    pub tune: TuneOptions,
+    /// States of a batch.
+    pub batch: usize,
+    /// States that are run at a time, a divisor of `batch`; 0 for a whole batch.
+    pub lot: usize,
+    /// Fixes scenes, order, timesteps and noises.
+    pub seed: u64,
+    /// Speed or memory, and how much of the forward pass the gradient keeps.
+    pub spending: Spending,
+    /// The class for a UNet that takes one.
+    pub class_label: i64,
+    /// A file that keeps the tuning as [`super::DiscoveryOptions::checkpoint`] does.
+    pub checkpoint: Option<PathBuf>,
+}
+
+/// The most scenes of a tuning.
+pub const MOST_SCENES: usize = 4096;
+
+/// Texts that are encoded at a time.
+const TEXTS: usize = 64;
+
+impl<'a> Together<'a> {
+    /// 300 steps on 128 scenes in batches of 8.
+    pub fn new(companions: Vec<Companion<'a>>) -> Self {
+        Self {
+            companions,
+            scenes: 128,
+            tune: TuneOptions { steps: 300, ..TuneOptions::default() },
+            batch: 8,
+            lot: 0,
+            seed: 0,
+            spending: Spending::default(),
+            class_label: 0,
+            checkpoint: None,
+        }
+    }
+
+    /// Tunes the concepts: those given, in their order, with new values, and the loss of each step. The pipeline's concepts are
+    /// cleared first and are the caller's to set again.
+    ///
+    /// Reports the stages `"differentiate"` and `"tune"`.
+    ///
+    /// Errors: [`Status::InvalidArgument`] for fewer than two concepts, one that erases, acts in global scope or on
+    /// self-attention, a trigger of two of them or that the tokenizer has not, pictures of another size than the first's or
+    /// that the model does not take, prompts that are not one a picture or lack the trigger, a number outside its range, or a
+    /// checkpoint of another tuning; [`Status::WrongBase`] for a concept of another model; those of
+    /// [`super::Request::find`].
+    pub fn tune(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<(Vec<Concept>, Vec<f64>)> {
+        self.check(pipeline)?;
+        pipeline.set_concepts(Vec::new())?;
+        let schedule = pipeline.scheduler(None)?;
+        job.step("differentiate", 0, 1)?;
+        let examples = self.examples(pipeline, job)?;
+        let gradient = self.differentiate(pipeline, &examples, &schedule, job)?;
+        job.step("differentiate", 1, 1)?;
+        let count = gradient.len();
+        let mut all = Members::default();
+        for (set, companion) in self.companions.iter().enumerate() {
+            let own = members_of(&gradient, companion.concept)?;
+            extend(&mut all.places, own.places.iter().map(|place| set * count + place))?;
+            extend(&mut all.weights, own.weights)?;
+            extend(&mut all.units, own.units)?;
+            extend(&mut all.values, own.values)?;
+        }
+        let mut tuning = Tuning::new(self.companions.len() * count, all, self.tune)?;
+        let identity = self.identity(&gradient, &examples, &schedule)?;
+        if let Some(path) = &self.checkpoint {
+            checkpoint::resume_descent(path, &identity, None, tuning.descent_mut())?;
+        }
+        tell("tune", tuning.losses(), self.tune.steps, job)?;
+        while !tuning.is_done() {
+            let mut loss = |scales: &[f32], number: usize| -> Result<Slope> {
+                let batch = self.batch(&examples, &schedule, number)?;
+                gradient.slope(&batch, examples.shape, scales, &job.cancel)
+            };
+            let outcome = tuning.step(&mut loss);
+            let outcome = outcome.and_then(|()| tell("tune", tuning.losses(), self.tune.steps, job));
+            let done = (tuning.losses().len(), self.tune.steps);
+            keep(&self.checkpoint, &identity, None, &mut [tuning.descent_mut()], done, outcome)?;
+        }
+        let mut values = tuning.values()?.into_iter();
+        let tuned = self.companions.iter().map(|companion| {
+            let neurons = &companion.concept.neurons;
+            let own = collected(values.by_ref().take(neurons.len() as usize))?;
+            let mut concept = companion.concept.clone();
+            concept.values = Some(tuned_values(&gradient, neurons, own, self.tune.precision)?);
+            let (steps, others) = (self.tune.steps, self.companions.len() - 1);
+            concept.metadata.method += &format!(", {steps} steps of tuning with {others} others");
+            Ok(concept)
+        });
+        Ok((tuned.collect::<Result<_>>()?, tuning.losses().to_vec()))
+    }
+
+    /// The pictures and the scenes, with the rows on which each concept acts in their texts.
+    fn examples(&self, pipeline: &mut Pipeline, job: &Job<'_>) -> Result<Examples> {
+        let words: Vec<Vec<String>> = self.companions.iter().map(Companion::words).collect();
+        let prompts: Vec<Vec<String>> = self.companions.iter().map(Companion::prompts).collect();
+        let each = self.companions.iter().zip(&prompts).zip(&words);
+        let shown: Vec<Shown<'_>> =
+            each.map(|((companion, prompts), words)| Shown { pictures: companion.pictures, prompts, words }).collect();
+        let (mut pictures, made) = scenes(&shown, self.scenes, self.seed)?;
+        let mut texts = Vec::new();
+        for (companion, prompts) in self.companions.iter().zip(&prompts) {
+            pictures.count += companion.pictures.count;
+            extend(&mut pictures.rgb, companion.pictures.rgb.iter().copied())?;
+            texts.extend_from_slice(prompts);
+        }
+        texts.splice(0..0, made);
+        let (states, shape) = pipeline.encode_images(&pictures, &job.cancel)?;
+        pipeline.set_concepts(self.companions.iter().map(|one| one.as_word(pipeline)).collect::<Result<_>>()?)?;
+        let mut examples = Examples { states, shape: [shape[1], shape[2], shape[3]], ..Examples::default() };
+        let mut rows = Vec::new();
+        for some in texts.chunks(TEXTS) {
+            let size = (pictures.height, pictures.width);
+            let (conditioning, encoded) = pipeline.condition(some, self.class_label, size, &job.cancel)?;
+            for (text, prompt) in encoded.iter().zip(some) {
+                let of_each = words.iter().enumerate().map(|(set, words)| acting(&rows_of(text, words), set));
+                let of_each: Vec<_> = of_each.flatten().collect();
+                let only: Vec<usize> = of_each.iter().map(|acting| acting.row).collect();
+                check_words(std::slice::from_ref(&only), std::slice::from_ref(prompt), "any trigger")?;
+                rows.push(of_each);
+            }
+            join(&mut examples.conditioning, conditioning)?;
+        }
+        examples.rows = Some(rows);
+        pipeline.set_concepts(Vec::new())?;
+        Ok(examples)
+    }
+
+    fn batch(&self, examples: &Examples, schedule: &SchedulerConfig, number: usize) -> Result<Batch> {
+        examples.draw(schedule, self.batch, 1.0, self.seed, 0, number as u32)
+    }
+
+    fn differentiate(
+        &self,
+        pipeline: &Pipeline,
+        examples: &Examples,
+        schedule: &SchedulerConfig,
+        job: &Job<'_>,
+    ) -> Result<KeyValueGradient> {
+        let source = pipeline.unet_source();
+        let options = GradientOptions {
+            session: source.options.session.clone(),
+            limits: source.options.limits.clone(),
+            spending: self.spending,
+            attentions: Attentions::Cross,
+            searched: Searched::KeysAndValues,
+            lot: self.lot,
+            threads: source.options.threads,
+            texts: false,
+        };
+        let example = self.batch(examples, schedule, 0)?;
+        let gradient =
+            KeyValueGradient::open(&source.runtime, &source.path, &example, examples.shape, &options, &job.cancel)?;
+        let base = gradient.projections().fingerprint();
+        match self.companions.iter().find(|companion| companion.concept.metadata.base != base) {
+            Some(other) => Err(Error::new(
+                Status::WrongBase,
+                format!("{:?} was found on another model", other.concept.metadata.title),
+            )),
+            None => Ok(gradient),
+        }
+    }
+
+    /// A hash of all that the tuning depends on.
+    fn identity(&self, gradient: &KeyValueGradient, examples: &Examples, schedule: &SchedulerConfig) -> Result<String> {
+        let mut hash = Sha256::new();
+        let concepts: Vec<_> = self.companions.iter().map(|one| (&one.concept.neurons, &one.concept.values)).collect();
+        let base = gradient.projections().fingerprint();
+        // Debug output gives every float in full.
+        write!(hash, "{:?}", ("together", self.tune, self.batch, self.seed, base, schedule, examples, concepts))
+            .map_err(|error| Error::io("hashing the tuning", error))?;
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    fn check(&self, pipeline: &Pipeline) -> Result<()> {
+        let refuse = |why: String| Err(Error::invalid_argument(why));
+        let Some(first) = self.companions.first().filter(|_| self.companions.len() > 1) else {
+            return refuse(format!("{} concepts: two are tuned together at least", self.companions.len()));
+        };
+        if !(1..=MOST_SCENES).contains(&self.scenes) {
+            return refuse(format!("{} scenes, must be 1 to {MOST_SCENES}", self.scenes));
+        }
+        if self.batch == 0 || (self.lot != 0 && !self.batch.is_multiple_of(self.lot)) {
+            return refuse(format!("a batch of {} can't be run {} at a time", self.batch, self.lot));
+        }
+        self.tune.check()?;
+        let Some(tokenizer) = pipeline.tokenizer() else {
+            return refuse("the model takes no text".into());
+        };
+        let size = |images: &Images| (images.width, images.height);
+        for (at, companion) in self.companions.iter().enumerate() {
+            let (about, images) = (&companion.concept.metadata, companion.pictures);
+            let refuse = |why: String| Err(Error::invalid_argument(why).at(format_args!("companions[{at}]")));
+            if about.role != Role::Implant || about.scope != Scope::Local || about.trigger.is_empty() {
+                return refuse(format!("{:?} must draw a subject, with a trigger, in local scope", about.title));
+            }
+            if companion.concept.neurons.layers().iter().any(|layer| attention::is_of_self(layer.path())) {
+                return refuse(format!("{:?} has neurons of self-attention, which know no words", about.title));
+            }
+            if companion.concept.neurons.is_empty() {
+                return refuse(format!("{:?} has no neuron to tune", about.title));
+            }
+            if tokenizer.token(&about.trigger).is_none() {
+                return refuse(format!("the trigger {:?} is no single token of the tokenizer", about.trigger));
+            }
+            if self.companions[..at].iter().any(|other| other.concept.metadata.trigger == about.trigger) {
+                return refuse(format!("two concepts have the trigger {:?}", about.trigger));
+            }
+            if images.count == 0 || size(images) != size(first.pictures) {
+                return refuse(format!(
+                    "{} pictures of {:?}, expected {:?}",
+                    images.count,
+                    size(images),
+                    size(first.pictures)
+                ));
+            }
+            if !companion.prompts.is_empty() && companion.prompts.len() != images.count {
+                return refuse(format!("{} prompts for {} pictures", companion.prompts.len(), images.count));
+            }
+            if let Some(prompt) = companion.prompts.iter().find(|prompt| !prompt.contains(&about.trigger)) {
+                return refuse(format!("the prompt {prompt:?} lacks {:?}", about.trigger));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Companion<'_> {
+    fn words(&self) -> Vec<String> {
+        words(&self.concept.metadata.trigger, &self.concept.metadata.class_noun)
+    }
+
+    fn prompts(&self) -> Vec<String> {
+        let about = &self.concept.metadata;
+        match self.prompts.is_empty() {
+            true => {
+                vec![format!("a {} {}", about.trigger, about.class_noun).trim_end().to_owned(); self.pictures.count]
+            }
+            false => self.prompts.clone(),
+        }
+    }
+
+    /// What the concept does to texts: its learnt embedding, without its neurons.
+    fn as_word(&self, pipeline: &Pipeline) -> Result<AppliedConcept> {
+        let unet = pipeline.unet();
+        let projections =
+            unet.projections().ok_or_else(|| Error::unsupported("this UNet's keys and values can't be composed"))?;
+        let nothing = NeuronSet::new(Vec::new())?;
+        let concept = GatheredConcept::from_neurons(&nothing, projections, unet.pool())?;
+        let scope = ConceptScope::Words(self.words());
+        Ok(AppliedConcept { concept, strength: 1.0, scope, token: self.concept.token.clone() })
+    }
+}
+
+/// A concept's weights among the scales of one set, with the values that it has.
+fn members_of(gradient: &KeyValueGradient, concept: &Concept) -> Result<Members> {
+    let mut shut = filled(gradient.len(), false)?;
+    let mut values = Vec::new();
+    let mut first = 0;
+    for projection in gradient.searched() {
+        if let Some(place) = concept.neurons.position(&projection.path) {
+            let layer = &concept.neurons.layers()[place];
+            if (layer.out_features(), layer.in_features()) != (projection.out_features, projection.in_features) {
+                return Err(Error::invalid_file(format!("{}: the set is of other sizes", layer.path())));
+            }
+            layer.indices().for_each(|index| shut[first + index as usize] = true);
+            match &concept.values {
+                Some(known) => extend(&mut values, known.layer(place).iter().copied())?,
+                None => extend(&mut values, zeroed::<f32>(layer.indices().len())?)?,
+            }
+        }
+        first += projection.out_features * projection.in_features;
+    }
+    let own = members(gradient, &shut)?;
+    if own.places.len() as u64 != concept.neurons.len() {
+        return Err(Error::invalid_file(format!("{:?} has layers that the model has not", concept.metadata.title)));
+    }
+    Ok(Members { values, ..own })
+}
