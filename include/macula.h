@@ -2941,7 +2941,7 @@ typedef struct {
    */
   const macula_companion *companions;
   /**
-   * How many, at least 2. Default: `0`.
+   * How many, at least 2. Beside the gradient each takes eight bytes a K and V weight. Default: `0`.
    */
   size_t companion_count;
   /**
@@ -2966,7 +2966,7 @@ typedef struct {
    */
   double rate;
   /**
-   * The same seed gives the same values on any number of threads. Default: `0`.
+   * Fixes scenes, order, timesteps and noises. Default: `0`.
    */
   uint64_t seed;
   /**
@@ -3026,7 +3026,8 @@ typedef struct {
  *
  * Errors: `INVALID_ARGUMENT` for fewer than two concepts, one that erases, acts in global scope, on self-attention or on no
  * weight, two with one trigger, pictures of several sizes or of one that the model does not draw, a prompt without its
- * trigger, a number outside its range, or a checkpoint of another tuning; `INVALID_FILE` for a damaged one; `WRONG_BASE` for a
+ * trigger, two whose words overlap in a prompt, a number outside its range, or a checkpoint of another tuning; `INVALID_FILE`
+ * for a damaged one, or the file of something else; `WRONG_BASE` for a
  * concept of another model; the others of `macula_discover`. After any of them nothing was made, and the pipeline draws as
  * before. Any thread; blocks until it is done.
  */

@@ -177,6 +177,13 @@ fn what_can_not_be_tuned_together_is_refused() {
     together.companions[1].pictures = &larger;
     let error = together.tune(&mut pipeline, &mut Job::default()).unwrap_err();
     assert!(error.message().contains("(64, 64), expected (32, 32)"), "{error}");
+    // No token may be two concepts' own.
+    let nested = changed(&|concept| concept.metadata.class_noun = "<s3>".into());
+    let mut together = given.together();
+    together.companions[1].concept = &nested;
+    together.companions[1].prompts = vec!["a <s2> <s3> apple".into(); 2];
+    let error = together.tune(&mut pipeline, &mut Job::default()).unwrap_err();
+    assert!(error.status() == Status::InvalidArgument && error.message().contains("overlap"), "{error}");
     let other = changed(&|concept| concept.metadata.base = "00".repeat(32).parse().unwrap());
     let mut together = given.together();
     together.companions[1].concept = &other;

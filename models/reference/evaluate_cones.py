@@ -3,8 +3,9 @@
     python models/reference/evaluate_cones.py --out out --discover PROGRAM
     python models/reference/evaluate_cones.py --out out
 
-PROGRAM is the compiled `examples/c/discover.c`: the sets are then found by the library; without it, by the
-reference. Each subject has 4 pictures to learn from and 16 to test on. Four questions are asked:
+PROGRAM is the compiled `examples/c/discover.c`: the sets are then found by the library, and those of the first eight
+subjects, whose words differ, are tuned together by the package `macula`; without it, all is done by the reference, and
+nothing is tuned together. Each subject has 4 pictures to learn from and 16 to test on. Four questions are asked:
 
 - held out: is the loss of the test pictures, on noises shared by all sides, lower with the set than without, than with
   a random set of the same size and magnitudes, and than with another subject's set? One-sided paired tests, corrected
@@ -12,7 +13,7 @@ reference. Each subject has 4 pictures to learn from and 16 to test on. Four que
 - drawn: in how many pictures of the subject's prompt does the second judge, which no search saw, find the subject, with
   its weights shut and with tuned values?
 - composed: in how many scenes of several subjects does it find them, the sets shut or tuned, each acting on its own
-  tokens or all on every token?
+  tokens or all on every token, or tuned together?
 - beside: a subject and an ordinary object in one scene; does the object stay what it is?
 """
 
@@ -40,6 +41,7 @@ import probe
 
 ALPHA = 0.05
 STEPS = 20
+SCENES = 256  # that are made to tune subjects together
 SEARCH = dict(method="learnt-mask", scope="local", threshold=None, rho=0.0, batch=8, preserve_weight=1.0)
 
 
@@ -54,7 +56,13 @@ class Known:
     test: object
     found: Found
     scope: Scope
-    size: int | None  # bytes of the concept file
+    path: Path | None  # the concept file
+    together: Found | None = None  # the same set, tuned with the others
+
+    @property
+    def size(self):
+        """Bytes of the concept file."""
+        return self.path and self.path.stat().st_size
 
     @property
     def phrase(self):
@@ -65,6 +73,10 @@ class Known:
         scope = scope or self.scope
         shut, values = self.found.shut, self.found.values
         return {"shut": [(weights.scales(shut), scope)], "tuned": [(weights.scales(shut, values), scope)]}
+
+    def part_together(self, weights):
+        """How the set acts that was tuned with the others."""
+        return weights.scales(self.together.shut, self.together.values), self.scope
 
 
 def find_natively(program, model_folder, name, word, noun, options):
@@ -95,10 +107,31 @@ def find_all(model, weights, names, options):
             found, scope, _ = read_concept(path, weights)
         else:
             found, _, scope = find(model, weights, learn, word, noun, options)
-        size = path.stat().st_size if options.discover else None
-        known.append(Known(name, word, noun, learn, test, found, scope, size))
+        known.append(Known(name, word, noun, learn, test, found, scope, path if options.discover else None))
+        size = known[-1].size
         print(f"{name}: {int(found.shut.sum())} weights, {size} bytes, {time.time() - began:.0f} s", flush=True)
     return known
+
+
+def tune_together(weights, known, options):
+    """Tunes the sets of subjects with different words together, by the library; returns the seconds that it took."""
+    import macula
+
+    began, listed = time.time(), json.loads((SUBJECT_PICTURES / "subjects.json").read_text())
+    companions = []
+    for one in known:
+        prompts = [on_background(one.phrase, colour) for colour in listed[one.name]["learn_colours"]]
+        pictures = [SUBJECT_PICTURES / one.name / f"{i}.png" for i in range(1, len(prompts) + 1)]
+        companions.append(macula.Companion(macula.Concept.load(one.path), pictures, prompts))
+    with macula.Pipeline(options.model, threads=options.threads) as pipeline:
+        tuned = pipeline.tune_together(
+            companions, steps=options.together, scenes=SCENES, seed=options.seed, values=options.values
+        )
+    for one, concept in zip(known, tuned):
+        path = one.path.with_stem(f"{one.name}-together")
+        concept.save(path)
+        one.together, _, _ = read_concept(path, weights)
+    return round(time.time() - began)
 
 
 def holm(p_values, alpha=ALPHA):
@@ -196,6 +229,8 @@ def composed(model, weights, known, number, count, seeds, options):
         for where, scope in (("own tokens", None), ("every token", Scope())):
             for how in ("shut", "tuned"):
                 sets[f"{how}, {where}"] = [part for one in group for part in one.parts(weights, scope)[how]]
+        if all(one.together for one in group):
+            sets["tuned together"] = [one.part_together(weights) for one in group]
         for way, parts in sets.items():
             pictures = drawn_with(model, weights, captions, parts, 100 * options.seed + i, options)
             ways.setdefault(way, []).extend(number_found(pictures, group, options))
@@ -229,6 +264,7 @@ def add_search(parser):
     parser.add_argument("--discover", type=Path, help="the compiled host program; the reference searches without it")
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--tune", type=int, default=150, help="steps of tuning")
+    parser.add_argument("--together", type=int, default=2000, help="steps of tuning together")
     parser.add_argument("--values", choices=("binary", "quaternary", "float16", "float32"), default="quaternary")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--side", type=int, choices=(32, 64), default=32)
@@ -249,14 +285,17 @@ def main():
     names = list(words.SUBJECTS)[: None if options.full else options.subjects]
     count, seeds = (30, 8) if options.full else (8, 2)
     known = find_all(model, weights, names, options)
+    first = known[: len(words.PLACEHOLDERS)]
+    seconds = tune_together(weights, first, options) if options.discover else None
     report = {
         "found_by": "the library" if options.discover else "the reference",
-        **{n: getattr(options, n) for n in ("density", "tune", "values", "guidance", "side", "batches", "seed", *SEARCH)},
+        **{n: getattr(options, n) for n in ("density", "tune", "together", "values", "guidance", "side", "batches", "seed", *SEARCH)},
         "concept_bytes": [one.size for one in known],
         "share_of_kv_bytes": [one.size and round(one.size / (4 * weights.count), 5) for one in known],
         "held_out": held_out(model, weights, known, 208),
         "drawn": drawn(model, weights, known, 20, options),
-        "composed": {n: composed(model, weights, known, n, count, seeds, options) for n in (2, 3, 4)},
+        "seconds_together": seconds,
+        "composed": {n: composed(model, weights, first, n, count, seeds, options) for n in (2, 3, 4)},
         "beside_an_object": beside(model, weights, known, 20 if options.full else 6, options),
         "seconds": round(time.time() - began),
     }

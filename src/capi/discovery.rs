@@ -292,8 +292,10 @@ pub unsafe extern "C" fn macula_discover(
         let mut job = Job { cancel, report: Some(&mut report) };
         let prompt = embedding.as_ref().map(|entry| &*entry.embedding);
         let found = inputs.request(&options, prompt)?.find(&mut work.pipeline, &mut job);
-        work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect())?;
-        out_concept.set(macula_concept::table().insert(macula_concept::new(found?.0)));
+        let restored = work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect());
+        let (found, _) = found?;
+        restored?;
+        out_concept.set(macula_concept::table().insert(macula_concept::new(found)));
         Ok(())
     })
 }

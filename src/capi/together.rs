@@ -49,7 +49,7 @@ pub struct macula_together_options {
     pub struct_size: usize,
     /// The concepts, `companion_count` of them, each with a trigger of its own; not NULL. Default: `NULL`.
     pub companions: *const macula_companion,
-    /// How many, at least 2. Default: `0`.
+    /// How many, at least 2. Beside the gradient each takes eight bytes a K and V weight. Default: `0`.
     pub companion_count: usize,
     /// A file that keeps the tuning every ten steps, when it is broken off and at its end. If it is there, the same tuning goes
     /// on where it was, and ends as in one go. May be NULL. Default: `NULL`.
@@ -62,7 +62,7 @@ pub struct macula_together_options {
     pub progress_userdata: *mut c_void,
     /// Step size in standard deviations of a projection's weights, above 0. Default: `0.1`.
     pub rate: f64,
-    /// The same seed gives the same values on any number of threads. Default: `0`.
+    /// Fixes scenes, order, timesteps and noises. Default: `0`.
     pub seed: u64,
     /// As in `macula_discover_options`. Default: `0`.
     pub activation_bytes: u64,
@@ -126,7 +126,8 @@ unsafe impl Versioned for macula_together_options {
 ///
 /// Errors: `INVALID_ARGUMENT` for fewer than two concepts, one that erases, acts in global scope, on self-attention or on no
 /// weight, two with one trigger, pictures of several sizes or of one that the model does not draw, a prompt without its
-/// trigger, a number outside its range, or a checkpoint of another tuning; `INVALID_FILE` for a damaged one; `WRONG_BASE` for a
+/// trigger, two whose words overlap in a prompt, a number outside its range, or a checkpoint of another tuning; `INVALID_FILE`
+/// for a damaged one, or the file of something else; `WRONG_BASE` for a
 /// concept of another model; the others of `macula_discover`. After any of them nothing was made, and the pipeline draws as
 /// before. Any thread; blocks until it is done.
 #[unsafe(no_mangle)]
@@ -173,8 +174,10 @@ pub unsafe extern "C" fn macula_tune_together(
         };
         let mut job = Job { cancel, report: Some(&mut report) };
         let tuned = together.tune(&mut work.pipeline, &mut job);
-        work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect())?;
-        for (concept, out) in tuned?.0.into_iter().zip(outs) {
+        let restored = work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect());
+        let (tuned, _) = tuned?;
+        restored?;
+        for (concept, out) in tuned.into_iter().zip(outs) {
             out.set(macula_concept::table().insert(macula_concept::new(concept)));
         }
         Ok(())

@@ -81,6 +81,17 @@ impl Examples {
         self.len() == 0
     }
 
+    /// Some of the pictures, one after the other, each as often as it is named.
+    pub(super) fn picked(&self, entries: &[usize]) -> Result<Self> {
+        let elements: usize = self.shape.iter().product();
+        let mut states = Vec::new();
+        for entry in entries {
+            extend(&mut states, self.states[entry * elements..(entry + 1) * elements].iter().copied())?;
+        }
+        let rows = self.rows.as_ref().map(|rows| entries.iter().map(|&entry| rows[entry].clone()).collect());
+        Ok(Self { states, shape: self.shape, conditioning: pick(&self.conditioning, entries)?, rows })
+    }
+
     /// Fails unless sizes agree.
     pub(super) fn check(&self, what: &str) -> Result<()> {
         let elements: usize = self.shape.iter().product();
@@ -203,7 +214,13 @@ impl Batch {
         extend(&mut self.timesteps, other.timesteps)?;
         extend(&mut self.targets, other.targets)?;
         extend(&mut self.weights, other.weights)?;
-        join(&mut self.conditioning, other.conditioning)
+        let (ours, theirs) = (&mut self.conditioning, other.conditioning);
+        ours.batch += theirs.batch;
+        extend(&mut ours.context, theirs.context)?;
+        append(&mut ours.text_embeds, theirs.text_embeds)?;
+        append(&mut ours.time_ids, theirs.time_ids)?;
+        append(&mut ours.class_labels, theirs.class_labels)?;
+        append(&mut ours.timestep_cond, theirs.timestep_cond)
     }
 
     /// The states `from..to` as a batch of their own.
@@ -221,20 +238,6 @@ impl Batch {
             rows: collected(rows.map(|acting| ActingRow { row: acting.row - from * tokens, ..*acting }))?,
         })
     }
-}
-
-/// Puts a conditioning behind another, of as many tokens and features.
-pub(super) fn join(ours: &mut Conditioning, theirs: Conditioning) -> Result<()> {
-    if ours.batch == 0 {
-        *ours = theirs;
-        return Ok(());
-    }
-    ours.batch += theirs.batch;
-    extend(&mut ours.context, theirs.context)?;
-    append(&mut ours.text_embeds, theirs.text_embeds)?;
-    append(&mut ours.time_ids, theirs.time_ids)?;
-    append(&mut ours.class_labels, theirs.class_labels)?;
-    append(&mut ours.timestep_cond, theirs.timestep_cond)
 }
 
 fn append<T>(ours: &mut Option<Vec<T>>, theirs: Option<Vec<T>>) -> Result<()> {

@@ -399,6 +399,11 @@ impl KeyValueGradient {
                 self.len()
             )));
         }
+        let mut rows = collected(batch.rows.iter().map(|acting| acting.row))?;
+        rows.sort_unstable();
+        if rows.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(Error::invalid_argument("two sets act on one row of a text: each must have rows of its own"));
+        }
         if sets > 1 && self.texts.searches_self_attention() {
             return Err(Error::invalid_argument("weights of self-attention act everywhere: there can be one set only"));
         }

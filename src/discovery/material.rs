@@ -180,7 +180,8 @@ impl Subject<'_> {
 
 /// On which words a subject's set acts: the trigger, and the noun behind it. Elsewhere the noun may mean another thing.
 pub(super) fn words(trigger: &str, class_noun: &str) -> Vec<String> {
-    vec![trigger.to_owned(), format!("{trigger} {class_noun}")]
+    let phrase = (!class_noun.trim().is_empty()).then(|| format!("{trigger} {class_noun}"));
+    std::iter::once(trigger.to_owned()).chain(phrase).collect()
 }
 
 pub(super) fn rows_of(text: &Embedding, words: &[String]) -> Vec<usize> {

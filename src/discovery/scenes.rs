@@ -10,9 +10,10 @@ use rand_chacha::ChaCha12Rng;
 use rand_core::SeedableRng;
 
 use super::draw::{shuffle, unit};
-use crate::diffusion::pipeline::Images;
+use crate::diffusion::pipeline::{Images, occurrences};
 use crate::error::{Error, Result};
-use crate::memory::{collected, extend, room};
+use crate::memory::{collected, extend, filled, room};
+use crate::progress::Job;
 
 /// The most subjects of a scene.
 const MOST: usize = 4;
@@ -20,19 +21,36 @@ const MOST: usize = 4;
 /// A pixel of the ground is no further from the ground's colour, in any channel.
 const LIKE: u8 = 12;
 
+/// Bytes a pixel that cutting out takes, and that putting a scaled subject on a scene does.
+const CUTTING: usize = 64;
+const RESIZING: usize = 32;
+
 /// An edge pixel as far from the ground's colour is all subject.
 const UNLIKE: f32 = 96.0;
 
 /// A subject's side in its cell of a scene.
 const SHARE: Range<f64> = 0.8..0.98;
 
+/// Parts of a picture that are smaller than this share of the largest one are specks of its ground.
+const SPECK: f64 = 0.01;
+
+/// What the pictures of a scene are drawn from has numbers of its own.
+const STREAM: u64 = u64::MAX;
+
 /// Pictures of one subject, and what each shows.
 pub(super) struct Shown<'a> {
     pub pictures: &'a Images,
-    /// One a picture, each with `phrase`.
+    /// One a picture, each with the trigger.
     pub prompts: &'a [String],
-    /// The trigger, with the class noun where prompts have it.
+    /// The trigger, and the trigger with the class noun.
     pub words: &'a [String],
+}
+
+/// Scenes, what each shows, and of which subjects, in reading order.
+pub(super) struct Scenes {
+    pub pictures: Images,
+    pub prompts: Vec<String>,
+    pub members: Vec<Vec<usize>>,
 }
 
 /// A subject without its ground.
@@ -42,11 +60,10 @@ struct Cutout {
     ground: Rgb<u8>,
 }
 
-/// `count` scenes of the size of the pictures, with a prompt and the members of each in the prompt's order. Depends on nothing
-/// but its arguments.
+/// `count` scenes of the size of the pictures. They depend on nothing but the arguments. Reports the stage `"scenes"`.
 ///
-/// Errors: `InvalidArgument` for fewer than two subjects; `OutOfMemory`.
-pub(super) fn scenes(subjects: &[Shown<'_>], count: usize, seed: u64) -> Result<(Images, Vec<String>)> {
+/// Errors: `InvalidArgument` for fewer than two subjects; `OutOfMemory`; `Cancelled`.
+pub(super) fn scenes(subjects: &[Shown<'_>], count: usize, seed: u64, job: &mut Job<'_>) -> Result<Scenes> {
     let Some(first) = subjects.first().filter(|_| subjects.len() > 1) else {
         return Err(Error::invalid_argument("a scene needs at least two subjects"));
     };
@@ -54,37 +71,39 @@ pub(super) fn scenes(subjects: &[Shown<'_>], count: usize, seed: u64) -> Result<
     let cut = subjects.iter().map(|shown| (0..shown.pictures.count).map(|at| Cutout::of(shown.pictures, at)).collect());
     let cut = cut.collect::<Result<Vec<Vec<Cutout>>>>()?;
     let mut random = ChaCha12Rng::seed_from_u64(seed);
-    let (mut rgb, mut prompts) = (Vec::new(), Vec::new());
-    let mut members = collected(0..subjects.len())?;
-    for _ in 0..count {
-        shuffle(&mut members, &mut random);
+    random.set_stream(STREAM);
+    let (mut rgb, mut prompts, mut members) = (Vec::new(), Vec::new(), Vec::new());
+    let mut order = collected(0..subjects.len())?;
+    for scene in 0..count {
+        job.step("scenes", scene as u64, count as u64)?;
+        shuffle(&mut order, &mut random);
         let number = 2 + below(subjects.len().min(MOST) - 1, &mut random);
         let chosen: Vec<(usize, usize)> =
-            members[..number].iter().map(|&member| (member, below(cut[member].len(), &mut random))).collect();
-        room(2 * height * width * 4)?;
+            order[..number].iter().map(|&member| (member, below(cut[member].len(), &mut random))).collect();
+        room(width * height * RESIZING)?;
         let ground = cut[chosen[0].0][chosen[0].1].ground;
         let mut canvas = RgbImage::from_pixel(width as u32, height as u32, ground);
         for (&(member, picture), cell) in chosen.iter().zip(cells(number, width, height)) {
             cut[member][picture].put(&mut canvas, cell, &mut random);
         }
         extend(&mut rgb, canvas.into_raw())?;
-        let phrases = chosen.iter().map(|&(member, picture)| {
-            let shown = &subjects[member];
-            phrase(&shown.prompts[picture], shown.words)
-        });
-        let phrases: Vec<[&str; 3]> = phrases.collect();
+        let phrases: Vec<[&str; 3]> = chosen
+            .iter()
+            .map(|&(member, picture)| phrase(&subjects[member].prompts[picture], subjects[member].words))
+            .collect();
         let [before, _, after] = phrases[0];
         let named: Vec<&str> = phrases.iter().map(|[_, phrase, _]| *phrase).collect();
         prompts.push(format!("{before}{}{after}", named.join(" and ")));
+        members.push(chosen.iter().map(|(member, _)| *member).collect());
     }
-    Ok((Images { count, height, width, rgb }, prompts))
+    job.step("scenes", count as u64, count as u64)?;
+    Ok(Scenes { pictures: Images { count, height, width, rgb }, prompts, members })
 }
 
 /// A prompt in three: what stands before the subject, the subject with its article, what follows.
 fn phrase<'p>(prompt: &'p str, words: &[String]) -> [&'p str; 3] {
-    let found = words.iter().rev().find_map(|words| Some((prompt.find(words.as_str())?, words.len())));
-    let (start, length) = found.unwrap_or((0, prompt.len()));
-    let end = start + length;
+    let found = words.iter().rev().find_map(|words| occurrences(prompt, words.trim()).into_iter().next());
+    let Range { start, end } = found.unwrap_or(0..prompt.len());
     let article = ["a ", "an ", "the ", "A ", "An ", "The "].into_iter().find(|article| {
         let before = prompt[..start].strip_suffix(article);
         before.is_some_and(|before| before.is_empty() || before.ends_with(char::is_whitespace))
@@ -108,54 +127,100 @@ fn below(count: usize, random: &mut ChaCha12Rng) -> usize {
     ((unit(random) * count as f64) as usize).min(count - 1)
 }
 
+/// Column and row.
+type Place = (u32, u32);
+
+/// The number of what hangs together with the border and is like the ground.
+const OUTSIDE: u32 = 1;
+
+fn places(width: usize, height: usize) -> impl Iterator<Item = Place> {
+    (0..height as u32).flat_map(move |y| (0..width as u32).map(move |x| (x, y)))
+}
+
+/// To which part of a picture each pixel belongs; 0 where that is not known yet.
+struct Parts {
+    size: (usize, usize),
+    of: Vec<u32>,
+}
+
+impl Parts {
+    fn at(&self, (x, y): Place) -> u32 {
+        self.of[y as usize * self.size.0 + x as usize]
+    }
+
+    /// Numbers all pixels that hang together with `from`, have no number and are as wanted; how many these are.
+    fn spread(&mut self, from: Place, number: u32, wanted: impl Fn(Place) -> bool) -> usize {
+        let (width, height) = self.size;
+        let mut take = |place: Place, open: &mut Vec<Place>| {
+            let (x, y) = (place.0 as usize, place.1 as usize);
+            if x < width && y < height && self.of[y * width + x] == 0 && wanted(place) {
+                self.of[y * width + x] = number;
+                open.push(place);
+            }
+        };
+        let (mut open, mut count) = (Vec::new(), 0);
+        take(from, &mut open);
+        while let Some((x, y)) = open.pop() {
+            count += 1;
+            for next in [(x.wrapping_sub(1), y), (x + 1, y), (x, y.wrapping_sub(1)), (x, y + 1)] {
+                take(next, &mut open);
+            }
+        }
+        count
+    }
+}
+
 impl Cutout {
     /// The part of a picture that is not ground: what is like the colour that most of its border has, and hangs together with
-    /// the border. A picture without such a ground is taken whole.
+    /// the border, or is a speck on it. A picture without such a ground is taken whole.
     fn of(pictures: &Images, at: usize) -> Result<Self> {
         let (width, height) = (pictures.width, pictures.height);
-        let size = width * height * 3;
-        room(size * 6)?;
-        let rgb = pictures.rgb.get(at * size..(at + 1) * size).map(<[u8]>::to_vec);
-        let picture = rgb.and_then(|rgb| RgbImage::from_raw(width as u32, height as u32, rgb));
+        room(width * height * CUTTING)?;
+        let picture = RgbImage::from_raw(width as u32, height as u32, pictures.picture(at)?.rgb);
         let picture = picture.ok_or_else(|| Error::invalid_argument("a picture has fewer bytes than its size says"))?;
         let (right, bottom) = (width as u32 - 1, height as u32 - 1);
-        let mut border: Vec<(u32, u32)> = (0..=right).flat_map(|x| [(x, 0), (x, bottom)]).collect();
-        border.extend((0..=bottom).flat_map(|y| [(0, y), (right, y)]));
+        let rows = (0..=bottom).flat_map(|y| [(0, y), (right, y)]);
+        let border = collected((0..=right).flat_map(|x| [(x, 0), (x, bottom)]).chain(rows))?;
         let ground = Rgb([0, 1, 2].map(|channel| {
-            let mut values: Vec<u8> = border.iter().map(|&(x, y)| picture[(x, y)][channel]).collect();
+            let mut values: Vec<u8> = border.iter().map(|&place| picture[place][channel]).collect();
             values.sort_unstable();
             values[values.len() / 2]
         }));
         let apart = |pixel: &Rgb<u8>| (0..3).map(|channel| pixel[channel].abs_diff(ground[channel])).max().unwrap_or(0);
-        let mut outside = vec![false; width * height];
-        let mut open = border.clone();
-        while let Some((x, y)) = open.pop() {
-            let place = (y as usize).wrapping_mul(width).wrapping_add(x as usize);
-            if x > right || y > bottom || outside[place] || apart(&picture[(x, y)]) > LIKE {
-                continue;
+        let mut parts = Parts { size: (width, height), of: filled(width * height, 0)? };
+        let like = |place: Place| apart(&picture[place]) <= LIKE;
+        border.iter().for_each(|&place| _ = parts.spread(place, OUTSIDE, like));
+        let plain = border.iter().filter(|&&place| parts.at(place) == OUTSIDE).count() * 2 >= border.len();
+        let mut sizes = Vec::new();
+        for place in places(width, height) {
+            let number = OUTSIDE + 1 + sizes.len() as u32;
+            match parts.spread(place, number, |_| true) {
+                0 => {}
+                size => sizes.push(size),
             }
-            outside[place] = true;
-            open.extend([(x.wrapping_sub(1), y), (x + 1, y), (x, y.wrapping_sub(1)), (x, y + 1)]);
         }
-        let is_outside = |x: u32, y: u32| outside[y as usize * width + x as usize];
-        let plain = border.iter().filter(|&&(x, y)| is_outside(x, y)).count() * 2 >= border.len();
-        let inside = (0..=bottom).flat_map(|y| (0..=right).map(move |x| (x, y))).filter(|&(x, y)| !is_outside(x, y));
-        let edges = inside.fold(None, |edges: Option<[u32; 4]>, (x, y)| {
-            let [left, top, right, bottom] = edges.unwrap_or([x, y, x, y]);
-            Some([left.min(x), top.min(y), right.max(x), bottom.max(y)])
-        });
+        let least = sizes.iter().max().map_or(0.0, |&largest| largest as f64 * SPECK);
+        let is_outside = |place: Place| {
+            let number = (parts.at(place) - OUTSIDE) as usize;
+            number == 0 || (sizes[number - 1] as f64) < least
+        };
+        let edges =
+            places(width, height).filter(|&place| !is_outside(place)).fold(None, |edges: Option<[u32; 4]>, (x, y)| {
+                let [left, top, right, bottom] = edges.unwrap_or([x, y, x, y]);
+                Some([left.min(x), top.min(y), right.max(x), bottom.max(y)])
+            });
         let Some([left, top, right, bottom]) = edges.filter(|_| plain) else {
             let subject = RgbaImage::from_fn(width as u32, height as u32, |x, y| picture[(x, y)].to_rgba());
             return Ok(Self { subject, ground });
         };
         let at_edge = |x: u32, y: u32| {
             let around = (x.saturating_sub(1)..=x + 1).flat_map(|x| (y.saturating_sub(1)..=y + 1).map(move |y| (x, y)));
-            around.into_iter().any(|(x, y)| x < width as u32 && y < height as u32 && is_outside(x, y))
+            around.into_iter().any(|(x, y)| x < width as u32 && y < height as u32 && is_outside((x, y)))
         };
         let subject = RgbaImage::from_fn(right - left + 1, bottom - top + 1, |x, y| {
             let (x, y) = (left + x, top + y);
             let pixel = picture[(x, y)];
-            if is_outside(x, y) {
+            if is_outside((x, y)) {
                 return Rgba([0; 4]);
             }
             // An edge pixel is a mixture of ground and subject.
@@ -218,6 +283,15 @@ mod tests {
     }
 
     #[test]
+    fn specks_belong_to_the_ground() {
+        let mut picture = square(RED, BLUE, [8, 20]);
+        picture.rgb[..3].fill(255);
+        assert_eq!(Cutout::of(&picture, 0).unwrap().subject.dimensions(), (12, 12));
+        let tiny = Images { count: 1, height: 1, width: 1, rgb: vec![7; 3] };
+        assert_eq!(Cutout::of(&tiny, 0).unwrap().subject.dimensions(), (1, 1));
+    }
+
+    #[test]
     fn a_mixed_edge_gives_its_share_of_the_ground_back() {
         let mut picture = square(Rgb([255; 3]), Rgb([0; 3]), [8, 20]);
         // A column of the left edge is four parts ground and one part subject.
@@ -245,6 +319,8 @@ mod tests {
         ] {
             assert_eq!(phrase(prompt, &words), parts);
         }
+        // Inside a longer word it does not stand.
+        assert_eq!(phrase("a category of Cat", &["cat".to_owned()]), ["a category of ", "Cat", ""]);
     }
 
     #[test]
@@ -254,10 +330,11 @@ mod tests {
         let words = [["<r>".to_owned()], ["<g>".to_owned()]];
         let shown: Vec<Shown<'_>> =
             (0..2).map(|at| Shown { pictures: &pictures[at], prompts: &prompts[at], words: &words[at] }).collect();
-        let (made, texts) = scenes(&shown, 20, 7).unwrap();
-        assert_eq!((made.count, texts.len()), (20, 20));
+        let made = || scenes(&shown, 20, 7, &mut Job::default());
+        let Scenes { pictures, prompts: texts, members } = made().unwrap();
+        assert_eq!((pictures.count, texts.len()), (20, 20));
         let mut orders = [0; 2];
-        for (scene, text) in made.rgb.chunks_exact(32 * 32 * 3).zip(&texts) {
+        for ((scene, text), members) in pictures.rgb.chunks_exact(32 * 32 * 3).zip(&texts).zip(&members) {
             let share = |columns: Range<usize>, like: Rgb<u8>| {
                 let of = |&x: &usize| {
                     let near = |y: usize| (0..3).all(|c| scene[(y * 32 + x) * 3 + c].abs_diff(like[c]) < 30);
@@ -267,12 +344,14 @@ mod tests {
             };
             let red_first = text.find("<r>") < text.find("<g>");
             orders[usize::from(red_first)] += 1;
+            assert_eq!(*members, if red_first { [0, 1] } else { [1, 0] });
             let (left, right, ground) = if red_first { (RED, GREEN, BLUE) } else { (GREEN, RED, Rgb([241; 3])) };
             assert!(share(0..16, left) > 0.25 && share(16..32, right) > 0.25, "{text}");
             assert!(share(0..32, ground) > 0.3 && share(0..16, right) == 0.0, "{text}");
         }
         assert!(orders[0] > 3 && orders[1] > 3, "{orders:?}");
-        assert_eq!(scenes(&shown, 20, 7).unwrap(), (made, texts));
-        assert!(scenes(&shown[..1], 20, 7).is_err());
+        let again = made().unwrap();
+        assert_eq!((again.pictures, again.prompts), (pictures, texts));
+        assert!(scenes(&shown[..1], 20, 7, &mut Job::default()).is_err());
     }
 }

@@ -8,15 +8,15 @@ use std::path::PathBuf;
 use sha2::{Digest, Sha256};
 
 use super::checkpoint;
-use super::draw::{Batch, Examples, join};
+use super::draw::{ActingRow, Batch, Examples};
 use super::gradient::{Attentions, GradientOptions, KeyValueGradient, Searched};
 use super::job::{keep, members, tell, tuned_values};
-use super::material::{acting, check_words, rows_of, words};
-use super::scenes::{Shown, scenes};
+use super::material::{acting, rows_of, words};
+use super::scenes::{Scenes, Shown, scenes};
 use super::search::Slope;
 use super::tune::{Members, TuneOptions, Tuning};
 use crate::concept::{Concept, GatheredConcept, NeuronSet, Role, Scope};
-use crate::diffusion::pipeline::{AppliedConcept, ConceptScope, Images, Pipeline};
+use crate::diffusion::pipeline::{AppliedConcept, ConceptScope, Embedding, Images, Pipeline, occurrences};
 use crate::diffusion::schedule::SchedulerConfig;
 use crate::error::{Error, Result, Status};
 use crate::memory::{collected, extend, filled, zeroed};
@@ -61,8 +61,8 @@ pub struct Together<'a> {
 /// The most scenes of a tuning.
 pub const MOST_SCENES: usize = 4096;
 
-/// Texts that are encoded at a time.
-const TEXTS: usize = 64;
+/// Of so many examples one shows a subject by itself: so that a concept still draws it alone.
+const ALONE: usize = 4;
 
 impl<'a> Together<'a> {
     /// 300 steps on 128 scenes in batches of 8.
@@ -83,7 +83,7 @@ impl<'a> Together<'a> {
     /// Tunes the concepts: those given, in their order, with new values, and the loss of each step. The pipeline's concepts are
     /// cleared first and are the caller's to set again.
     ///
-    /// Reports the stages `"differentiate"` and `"tune"`.
+    /// Reports the stages `"scenes"`, `"differentiate"` and `"tune"`.
     ///
     /// Errors: [`Status::InvalidArgument`] for fewer than two concepts, one that erases, acts in global scope or on
     /// self-attention, a trigger of two of them or that the tokenizer has not, pictures of another size than the first's or
@@ -94,8 +94,8 @@ impl<'a> Together<'a> {
         self.check(pipeline)?;
         pipeline.set_concepts(Vec::new())?;
         let schedule = pipeline.scheduler(None)?;
-        job.step("differentiate", 0, 1)?;
         let examples = self.examples(pipeline, job)?;
+        job.step("differentiate", 0, 1)?;
         let gradient = self.differentiate(pipeline, &examples, &schedule, job)?;
         job.step("differentiate", 1, 1)?;
         let count = gradient.len();
@@ -108,8 +108,9 @@ impl<'a> Together<'a> {
             extend(&mut all.values, own.values)?;
         }
         let mut tuning = Tuning::new(self.companions.len() * count, all, self.tune)?;
-        let identity = self.identity(&gradient, &examples, &schedule)?;
+        let mut identity = String::new();
         if let Some(path) = &self.checkpoint {
+            identity = self.identity(&gradient, &examples, &schedule)?;
             checkpoint::resume_descent(path, &identity, None, tuning.descent_mut())?;
         }
         tell("tune", tuning.losses(), self.tune.steps, job)?;
@@ -136,40 +137,55 @@ impl<'a> Together<'a> {
         Ok((tuned.collect::<Result<_>>()?, tuning.losses().to_vec()))
     }
 
-    /// The pictures and the scenes, with the rows on which each concept acts in their texts.
-    fn examples(&self, pipeline: &mut Pipeline, job: &Job<'_>) -> Result<Examples> {
+    /// The scenes and the pictures, with the rows on which each concept acts in their texts.
+    fn examples(&self, pipeline: &mut Pipeline, job: &mut Job<'_>) -> Result<Examples> {
         let words: Vec<Vec<String>> = self.companions.iter().map(Companion::words).collect();
         let prompts: Vec<Vec<String>> = self.companions.iter().map(Companion::prompts).collect();
         let each = self.companions.iter().zip(&prompts).zip(&words);
         let shown: Vec<Shown<'_>> =
             each.map(|((companion, prompts), words)| Shown { pictures: companion.pictures, prompts, words }).collect();
-        let (mut pictures, made) = scenes(&shown, self.scenes, self.seed)?;
-        let mut texts = Vec::new();
-        for (companion, prompts) in self.companions.iter().zip(&prompts) {
+        let Scenes { mut pictures, prompts: mut texts, mut members } = scenes(&shown, self.scenes, self.seed, job)?;
+        for (set, (companion, prompts)) in self.companions.iter().zip(&prompts).enumerate() {
             pictures.count += companion.pictures.count;
             extend(&mut pictures.rgb, companion.pictures.rgb.iter().copied())?;
             texts.extend_from_slice(prompts);
+            members.extend(prompts.iter().map(|_| vec![set]));
         }
-        texts.splice(0..0, made);
         let (states, shape) = pipeline.encode_images(&pictures, &job.cancel)?;
         pipeline.set_concepts(self.companions.iter().map(|one| one.as_word(pipeline)).collect::<Result<_>>()?)?;
-        let mut examples = Examples { states, shape: [shape[1], shape[2], shape[3]], ..Examples::default() };
-        let mut rows = Vec::new();
-        for some in texts.chunks(TEXTS) {
-            let size = (pictures.height, pictures.width);
-            let (conditioning, encoded) = pipeline.condition(some, self.class_label, size, &job.cancel)?;
-            for (text, prompt) in encoded.iter().zip(some) {
-                let of_each = words.iter().enumerate().map(|(set, words)| acting(&rows_of(text, words), set));
-                let of_each: Vec<_> = of_each.flatten().collect();
-                let only: Vec<usize> = of_each.iter().map(|acting| acting.row).collect();
-                check_words(std::slice::from_ref(&only), std::slice::from_ref(prompt), "any trigger")?;
-                rows.push(of_each);
-            }
-            join(&mut examples.conditioning, conditioning)?;
-        }
-        examples.rows = Some(rows);
+        let size = (pictures.height, pictures.width);
+        let (conditioning, encoded) = pipeline.condition(&texts, self.class_label, size, &job.cancel)?;
         pipeline.set_concepts(Vec::new())?;
-        Ok(examples)
+        let rows = encoded.iter().zip(&members).map(|(text, members)| self.rows(text, members, &words));
+        let rows = Some(rows.collect::<Result<_>>()?);
+        let examples = Examples { states, shape: [shape[1], shape[2], shape[3]], conditioning, rows };
+        examples.check("the scenes")?;
+        let alone = examples.len() - self.scenes;
+        let often = alone.max(self.scenes / (ALONE - 1));
+        let entries = (0..self.scenes).chain((self.scenes..examples.len()).cycle().take(often));
+        examples.picked(&collected(entries)?)
+    }
+
+    /// The rows of each concept's words in a text that shows these concepts: some for each, and none for two.
+    fn rows(&self, text: &Embedding, members: &[usize], words: &[Vec<String>]) -> Result<Vec<ActingRow>> {
+        let of_each = words.iter().enumerate().map(|(set, words)| acting(&rows_of(text, words), set));
+        let all: Vec<ActingRow> = of_each.flatten().collect();
+        let trigger = |set: usize| &self.companions[set].concept.metadata.trigger;
+        if let Some(&missing) = members.iter().find(|&&set| all.iter().all(|acting| acting.set != set)) {
+            let (prompt, trigger) = (text.prompt.text(), trigger(missing));
+            return Err(Error::invalid_argument(format!("the prompt {prompt:?} lacks {trigger:?}")));
+        }
+        for (at, one) in all.iter().enumerate() {
+            if let Some(other) = all[..at].iter().find(|other| other.row == one.row) {
+                return Err(Error::invalid_argument(format!(
+                    "in {:?} the words of {:?} and {:?} overlap: the sets would act on one token",
+                    text.prompt.text(),
+                    trigger(other.set),
+                    trigger(one.set)
+                )));
+            }
+        }
+        Ok(all)
     }
 
     fn batch(&self, examples: &Examples, schedule: &SchedulerConfig, number: usize) -> Result<Batch> {
@@ -197,14 +213,11 @@ impl<'a> Together<'a> {
         let example = self.batch(examples, schedule, 0)?;
         let gradient =
             KeyValueGradient::open(&source.runtime, &source.path, &example, examples.shape, &options, &job.cancel)?;
-        let base = gradient.projections().fingerprint();
-        match self.companions.iter().find(|companion| companion.concept.metadata.base != base) {
-            Some(other) => Err(Error::new(
-                Status::WrongBase,
-                format!("{:?} was found on another model", other.concept.metadata.title),
-            )),
-            None => Ok(gradient),
+        if Some(gradient.projections().fingerprint()) != pipeline.unet().fingerprint() {
+            let what = format!("{} changed since the pipeline was opened", source.path.display());
+            return Err(Error::new(Status::WrongBase, what));
         }
+        Ok(gradient)
     }
 
     /// A hash of all that the tuning depends on.
@@ -233,7 +246,17 @@ impl<'a> Together<'a> {
         let Some(tokenizer) = pipeline.tokenizer() else {
             return refuse("the model takes no text".into());
         };
+        let Some(base) = pipeline.unet().fingerprint() else {
+            return Err(Error::unsupported(
+                "this UNet's keys and values can't be composed, so it has no neurons to tune",
+            ));
+        };
         let size = |images: &Images| (images.width, images.height);
+        let multiple = pipeline.info().side_multiple;
+        let (width, height) = size(first.pictures);
+        if [width, height].iter().any(|side| *side == 0 || !side.is_multiple_of(multiple)) {
+            return refuse(format!("pictures of {width} x {height} pixels: sides must be multiples of {multiple}"));
+        }
         for (at, companion) in self.companions.iter().enumerate() {
             let (about, images) = (&companion.concept.metadata, companion.pictures);
             let refuse = |why: String| Err(Error::invalid_argument(why).at(format_args!("companions[{at}]")));
@@ -246,10 +269,15 @@ impl<'a> Together<'a> {
             if companion.concept.neurons.is_empty() {
                 return refuse(format!("{:?} has no neuron to tune", about.title));
             }
-            if tokenizer.token(&about.trigger).is_none() {
-                return refuse(format!("the trigger {:?} is no single token of the tokenizer", about.trigger));
+            if about.base != base {
+                let what = format!("{:?} was found on the base model {}, this one is {base}", about.title, about.base);
+                return Err(Error::new(Status::WrongBase, what).at(format_args!("companions[{at}]")));
             }
-            if self.companions[..at].iter().any(|other| other.concept.metadata.trigger == about.trigger) {
+            let Some(token) = tokenizer.token(&about.trigger) else {
+                return refuse(format!("the trigger {:?} is no single token of the tokenizer", about.trigger));
+            };
+            let of = |other: &Companion<'_>| tokenizer.token(&other.concept.metadata.trigger);
+            if self.companions[..at].iter().any(|other| of(other) == Some(token)) {
                 return refuse(format!("two concepts have the trigger {:?}", about.trigger));
             }
             if images.count == 0 || size(images) != size(first.pictures) {
@@ -263,7 +291,9 @@ impl<'a> Together<'a> {
             if !companion.prompts.is_empty() && companion.prompts.len() != images.count {
                 return refuse(format!("{} prompts for {} pictures", companion.prompts.len(), images.count));
             }
-            if let Some(prompt) = companion.prompts.iter().find(|prompt| !prompt.contains(&about.trigger)) {
+            images.check().map_err(|error| error.at(format_args!("companions[{at}]")))?;
+            let lacks = |prompt: &&String| occurrences(prompt, about.trigger.trim()).is_empty();
+            if let Some(prompt) = companion.prompts.iter().find(lacks) {
                 return refuse(format!("the prompt {prompt:?} lacks {:?}", about.trigger));
             }
         }

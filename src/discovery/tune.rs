@@ -75,7 +75,11 @@ impl Tuning {
         if places.is_empty() {
             return Err(Error::invalid_argument("the search found no weight whose shutting lowers the loss, to tune"));
         }
-        // A projection of equal weights has no unit, and none of its values moves.
+        if [weights.len(), units.len(), values.len()].iter().any(|&count| count != places.len()) {
+            let counts = (places.len(), weights.len(), units.len(), values.len());
+            return Err(Error::invalid_argument(format!("{counts:?} places, weights, units and values of members")));
+        }
+        // A projection of equal weights has no unit: its values are zero.
         let in_units = |(value, unit): (&f32, &f32)| if *unit == 0.0 { 0.0 } else { value / unit };
         let start = collected(values.iter().zip(&units).map(in_units))?;
         let descent = Descent::new("tuned", start, options.pace())?;

@@ -65,11 +65,18 @@ int main(int argc, char **argv) {
     search.class_noun = nouns[at];
     search.class_label = 4;
     search.batches = search.batch = 2;
+    search.embedding_steps = at == 0;
     search.method = MACULA_METHOD_SALIENCY;
     OK(macula_discover(pipeline, &search, &found[at]));
     companions[at].subject = found[at];
     companions[at].pictures = pictures[at];
     companions[at].picture_count = PICTURES;
+  }
+  {
+    macula_term composed = MACULA_TERM_INIT;
+    composed.subject = found[0];
+    composed.strength = 0.5f;
+    OK(macula_compose(pipeline, &composed, 1));
   }
   draw(pipeline, &before);
 
@@ -115,6 +122,9 @@ int main(int argc, char **argv) {
   snprintf(path, sizeof path, "%s/kept", argv[3]);
   options.checkpoint = path;
   CHECK(macula_tune_together(pipeline, &options, tuned) == MACULA_STATUS_CANCELLED && !tuned[0] && steps == 2);
+  draw(pipeline, &after);
+  CHECK(same(before, after));
+  OK(macula_images_free(after));
   stop_at = -1;
   OK(macula_tune_together(pipeline, &options, tuned));
   CHECK(steps == 4);

@@ -43,7 +43,7 @@ pub fn run(what: What, full: bool) -> Result<()> {
     match what {
         What::Cones | What::Peers => {
             build()?;
-            evaluate.env("MACULA_ONNXRUNTIME", python::onnxruntime()?);
+            with_package(evaluate)?;
             evaluate.arg("--discover").arg(demo::compile_example("discover")?);
         }
         What::Decomposed => {

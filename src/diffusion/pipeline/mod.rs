@@ -38,10 +38,12 @@ use super::schedule::{self, PlanOptions, Sampler, SchedulerConfig};
 use super::unet::{Conditioning, Unet, UnetOptions};
 use crate::concept::{Composition, GatheredConcept, LearntToken, Rows};
 use crate::error::{Error, Result, Status};
+use crate::memory::extend;
 use crate::progress::{CancelToken, Job};
 use crate::runtime::{ProviderKind, Runtime, Session, SessionMemory};
 
 pub use text::{Embedding, TextEncoder};
+pub(crate) use tokenizer::occurrences;
 pub use tokenizer::{MAX_PROMPT_BYTES, MAX_PROMPT_CHUNKS, PromptTokenizer, TokenizedPrompt, open_tokenizer};
 pub use vae::Images;
 
@@ -780,11 +782,21 @@ impl Pipeline {
     /// [`crate::Status::NotFound`] if the folder has a VAE but no encoder; those of the encoder;
     /// [`crate::Status::Cancelled`].
     pub fn encode_images(&self, images: &Images, cancel: &CancelToken) -> Result<(Vec<f32>, [usize; 4])> {
-        let planes = images.to_planes()?;
-        let shape = [images.count, 3, images.height, images.width];
         match (&self.encoder, &self.decoder) {
-            (Some(encoder), _) => encoder.encode(&planes, shape, self.info.latent_channels, cancel),
-            (None, None) => Ok((planes, shape)),
+            (Some(encoder), _) => {
+                // One at a time, as they are decoded: a batch of pictures would take that many times the memory.
+                let (mut latents, mut shape) = (Vec::new(), [0; 4]);
+                images.check()?;
+                for at in 0..images.count {
+                    cancel.check()?;
+                    let (planes, one) = (images.picture(at)?.to_planes()?, [1, 3, images.height, images.width]);
+                    let (latent, given) = encoder.encode(&planes, one, self.info.latent_channels, cancel)?;
+                    extend(&mut latents, latent)?;
+                    shape = [images.count, given[1], given[2], given[3]];
+                }
+                Ok((latents, shape))
+            }
+            (None, None) => Ok((images.to_planes()?, [images.count, 3, images.height, images.width])),
             (None, Some(_)) => Err(Error::not_found("images can't be encoded: the folder has no vae_encoder")),
         }
     }

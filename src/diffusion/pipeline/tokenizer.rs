@@ -203,8 +203,8 @@ impl TokenizedPrompt {
     }
 }
 
-/// Byte ranges of `words` in `text` as whole words.
-fn occurrences(text: &str, words: &str) -> Vec<Range<usize>> {
+/// Byte ranges of `words` in `text` as whole words; ASCII letters match in either case.
+pub(crate) fn occurrences(text: &str, words: &str) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let (Some(first), Some(last)) = (words.chars().next(), words.chars().next_back()) else { return found };
     for (start, _) in text.char_indices() {

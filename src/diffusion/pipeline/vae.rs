@@ -10,6 +10,7 @@ use crate::diffusion::fields::Fields;
 use crate::diffusion::folder::Folder;
 use crate::diffusion::precision;
 use crate::error::{Error, Result, Status};
+use crate::memory::copied;
 use crate::onnx::{Limits, Model};
 use crate::os;
 use crate::progress::CancelToken;
@@ -147,6 +148,26 @@ impl Images {
     /// # Errors
     /// [`crate::Status::InvalidArgument`] if the number of bytes is not that of the sizes.
     pub fn to_planes(&self) -> Result<Vec<f32>> {
+        self.check()?;
+        let mut planes = Vec::new();
+        planes.try_reserve_exact(self.rgb.len())?;
+        for image in self.rgb.chunks_exact(3 * self.height * self.width) {
+            for channel in 0..3 {
+                planes.extend(image.iter().skip(channel).step_by(3).map(|byte| f32::from(*byte) / 127.5 - 1.0));
+            }
+        }
+        Ok(planes)
+    }
+
+    /// One of them by itself. The number of bytes must be that of the sizes.
+    pub(crate) fn picture(&self, at: usize) -> Result<Self> {
+        let size = 3 * self.height * self.width;
+        let rgb = copied(&self.rgb[at * size..(at + 1) * size])?;
+        Ok(Self { count: 1, height: self.height, width: self.width, rgb })
+    }
+
+    /// Fails unless the number of bytes is that of the sizes, and not zero.
+    pub(crate) fn check(&self) -> Result<()> {
         let size = [self.count, self.height, self.width, 3].iter().try_fold(1_usize, |p, size| p.checked_mul(*size));
         if size != Some(self.rgb.len()) || self.rgb.is_empty() {
             return Err(Error::invalid_argument(format!(
@@ -157,14 +178,7 @@ impl Images {
                 self.height
             )));
         }
-        let mut planes = Vec::new();
-        planes.try_reserve_exact(self.rgb.len())?;
-        for image in self.rgb.chunks_exact(3 * self.height * self.width) {
-            for channel in 0..3 {
-                planes.extend(image.iter().skip(channel).step_by(3).map(|byte| f32::from(*byte) / 127.5 - 1.0));
-            }
-        }
-        Ok(planes)
+        Ok(())
     }
 }
 
