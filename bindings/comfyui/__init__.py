@@ -6,6 +6,7 @@ from .concepts import AblateConcept, ComposeConcepts, ConceptInfo, LoadConcept, 
 from .discovery import FindConceptNeurons
 from .models import ApplyConcept, EncodePrompt, LoadMaculaUNet
 from .sampling import DecomposedSampler
+from .together import TuneConceptsTogether
 
 NODE_CLASS_MAPPINGS = {
     "MaculaLoadUNet": LoadMaculaUNet,
@@ -17,6 +18,7 @@ NODE_CLASS_MAPPINGS = {
     "MaculaApplyConcept": ApplyConcept,
     "MaculaConceptInfo": ConceptInfo,
     "MaculaFindConceptNeurons": FindConceptNeurons,
+    "MaculaTuneConceptsTogether": TuneConceptsTogether,
     "MaculaDecomposedSampler": DecomposedSampler,
 }
 
@@ -30,6 +32,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "MaculaApplyConcept": "Apply Concept to MODEL",
     "MaculaConceptInfo": "Concept Info",
     "MaculaFindConceptNeurons": "Find Concept Neurons",
+    "MaculaTuneConceptsTogether": "Tune Concepts Together",
     "MaculaDecomposedSampler": "Decomposed Sampler",
 }
 

@@ -269,7 +269,7 @@ class Nodes(unittest.TestCase):
     def test_the_pack_is_whole(self):
         nodes = self.server.json("/object_info")
         names = {name for name, one in nodes.items() if one["python_module"] == "custom_nodes.comfyui-macula"}
-        self.assertEqual(len(names), 10)
+        self.assertEqual(len(names), 11)
         self.assertNotIn("IMPORT FAILED", self.server.log)
         files = nodes["MaculaLoadConcept"]["input"]["required"]["concept_name"][0]
         self.assertEqual(sorted(files), ["erase-tiger.safetensors", "green-apple.safetensors", "octopus.safetensors"])
@@ -506,6 +506,34 @@ class Nodes(unittest.TestCase):
             scope="global", class_latents=latents, class_context=np.concatenate([of_class, of_class], axis=1),
         )
         self.assertGreater(found.overlap(known).jaccard, 0.99)
+
+    def test_concepts_are_tuned_together(self):
+        """The same values as the library's, for concepts that were found before."""
+        graph = self.searching()
+        graph["other"] = ["MaculaEncodePrompt", {"model": ("model", 0), "text": "a <s1> animal"}]
+        graph["again"] = [graph["find"][0], {**graph["find"][1], "subject": ("other", 0), "trigger": "<s1>", "seed": 4}]
+        graph["together"] = ["MaculaTuneConceptsTogether", {
+            "model": ("model", 0), "concept_1": ("find", 0), "pictures_1": ("pictures", 0), "concept_2": ("again", 0),
+            "pictures_2": ("pictures", 0), "steps": 3, "scenes": 4, "class_label": 0, "seed": 5,
+        }]
+        graph["save_again"] = ["MaculaSaveConcept", {"concept": ("again", 0), "filename_prefix": "found/again"}]
+        for at, name in enumerate(("first", "second")):
+            graph[f"save_{name}"] = ["MaculaSaveConcept", {"concept": ("together", at), "filename_prefix": f"found/{name}"}]
+        events = list(self.server.events(job := self.server.queue(graph)))
+        outputs = self.server.outputs(job)
+        before, again, first, second = (
+            macula.Concept.load(BASE / "output" / outputs[name]["text"][0])
+            for name in ("save", "save_again", "save_first", "save_second")
+        )
+        pictures = [np.asarray(Image.open(BASE / f"input/{at}.png").convert("RGB")) for at in (1, 2)]
+        companions = [macula.Companion(one, pictures) for one in (before, again)]
+        known = self.direct.pipeline.tune_together(companions, steps=3, scenes=4, seed=5)
+        for one, expected in zip((first, second), known, strict=True):
+            self.assertEqual((one.trigger, one.neurons), (expected.trigger, expected.neurons))
+            for at in range(len(one.layers)):
+                np.testing.assert_allclose(one.values(at), expected.values(at), atol=2e-3)
+        told = [content["value"] for name, content in events if name == "progress" and content["node"] == "together"]
+        self.assertEqual(told, [0, 1, 2, 3])
 
     def test_a_search_is_interrupted(self):
         job = self.server.queue(self.searching(batches=2000))
