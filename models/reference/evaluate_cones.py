@@ -3,9 +3,9 @@
     python models/reference/evaluate_cones.py --out out --discover PROGRAM
     python models/reference/evaluate_cones.py --out out
 
-PROGRAM is the compiled `examples/c/discover.c`: the sets are then found by the library, and those of the first eight
-subjects, whose words differ, are tuned together by the package `macula`; without it, all is done by the reference, and
-nothing is tuned together. Each subject has 4 pictures to learn from and 16 to test on. Four questions are asked:
+PROGRAM is the compiled `examples/c/discover.c`: the sets are then found by the library. The first eight subjects, whose words
+differ, are also found with learnt words, tuned together and drawn by the package `macula`. Without it all is done by the
+reference, and nothing is tuned together. Each subject has 4 pictures to learn from and 16 to test on. Four questions are asked:
 
 - held out: is the loss of the test pictures, on noises shared by all sides, lower with the set than without, than with
   a random set of the same size and magnitudes, and than with another subject's set? One-sided paired tests, corrected
@@ -42,6 +42,7 @@ import probe
 ALPHA = 0.05
 STEPS = 20
 SCENES = 256  # that are made to tune subjects together
+EMBEDDING_STEPS = 100  # in which their words are learnt before
 SEARCH = dict(method="learnt-mask", scope="local", threshold=None, rho=0.0, batch=8, preserve_weight=1.0)
 
 
@@ -56,13 +57,7 @@ class Known:
     test: object
     found: Found
     scope: Scope
-    path: Path | None  # the concept file
-    together: Found | None = None  # the same set, tuned with the others
-
-    @property
-    def size(self):
-        """Bytes of the concept file."""
-        return self.path and self.path.stat().st_size
+    size: int | None  # bytes of the concept file
 
     @property
     def phrase(self):
@@ -73,10 +68,6 @@ class Known:
         scope = scope or self.scope
         shut, values = self.found.shut, self.found.values
         return {"shut": [(weights.scales(shut), scope)], "tuned": [(weights.scales(shut, values), scope)]}
-
-    def part_together(self, weights):
-        """How the set acts that was tuned with the others."""
-        return weights.scales(self.together.shut, self.together.values), self.scope
 
 
 def find_natively(program, model_folder, name, word, noun, options):
@@ -107,31 +98,49 @@ def find_all(model, weights, names, options):
             found, scope, _ = read_concept(path, weights)
         else:
             found, _, scope = find(model, weights, learn, word, noun, options)
-        known.append(Known(name, word, noun, learn, test, found, scope, path if options.discover else None))
-        size = known[-1].size
+        size = path.stat().st_size if options.discover else None
+        known.append(Known(name, word, noun, learn, test, found, scope, size))
         print(f"{name}: {int(found.shut.sum())} weights, {size} bytes, {time.time() - began:.0f} s", flush=True)
     return known
 
 
-def tune_together(weights, known, options):
-    """Tunes the sets of subjects with different words together, by the library; returns the seconds that it took."""
-    import macula
+class Together:
+    """Subjects of different words, found with learnt words and tuned together, by the library."""
 
-    began, listed = time.time(), json.loads((SUBJECT_PICTURES / "subjects.json").read_text())
-    companions = []
-    for one in known:
-        prompts = [on_background(one.phrase, colour) for colour in listed[one.name]["learn_colours"]]
-        pictures = [SUBJECT_PICTURES / one.name / f"{i}.png" for i in range(1, len(prompts) + 1)]
-        companions.append(macula.Companion(macula.Concept.load(one.path), pictures, prompts))
-    with macula.Pipeline(options.model, threads=options.threads) as pipeline:
-        tuned = pipeline.tune_together(
+    def __init__(self, known, options):
+        import macula
+
+        began, listed = time.time(), json.loads((SUBJECT_PICTURES / "subjects.json").read_text())
+        self.pipeline = macula.Pipeline(options.model, threads=options.threads)
+        side, companions = options.side, []
+        for one in known:
+            prompts = [on_background(one.phrase, colour) for colour in listed[one.name]["learn_colours"]]
+            pictures = [SUBJECT_PICTURES / one.name / f"{i}.png" for i in range(1, len(prompts) + 1)]
+            found = self.pipeline.discover(
+                pictures, one.word, one.noun, prompts=prompts, size=(side, side), class_label=plain_label(side),
+                density=options.density, batches=options.batches, seed=options.seed, embedding_steps=EMBEDDING_STEPS,
+                tune_steps=options.tune, values=options.values,
+            )  # fmt: skip
+            companions.append(macula.Companion(found, pictures, prompts))
+        tuned = self.pipeline.tune_together(
             companions, steps=options.together, scenes=SCENES, seed=options.seed, values=options.values
         )
-    for one, concept in zip(known, tuned):
-        path = one.path.with_stem(f"{one.name}-together")
-        concept.save(path)
-        one.together, _, _ = read_concept(path, weights)
-    return round(time.time() - began)
+        self.concepts, self.bytes = {}, []
+        for one, concept in zip(known, tuned):
+            path = options.out / "cones" / f"{one.name}-together.safetensors"
+            concept.save(path)
+            self.concepts[one.name] = concept
+            self.bytes.append(path.stat().st_size)
+        self.seconds = round(time.time() - began)
+        print(f"{len(known)} subjects tuned together: {self.bytes} bytes, {self.seconds} s", flush=True)
+
+    def drawn(self, group, captions, seed, options):
+        """Pictures of these subjects in one scene, one a caption."""
+        self.pipeline.compose(*(self.concepts[one.name] for one in group))
+        drawing = {"steps": STEPS, "guidance": options.guidance}
+        return [
+            self.pipeline.draw(caption, seed=1000 * seed + at, **drawing)[0].copy() for at, caption in enumerate(captions)
+        ]
 
 
 def holm(p_values, alpha=ALPHA):
@@ -220,7 +229,7 @@ def number_found(pictures, group, options):
     return found_in(pictures, options)[:, labels].sum(1).tolist()
 
 
-def composed(model, weights, known, number, count, seeds, options):
+def composed(model, weights, known, number, count, seeds, options, together=None):
     """Scenes of `number` subjects: how many are found, by the way in which their sets are joined."""
     rng = random.Random(f"{options.seed} {number}")
     ways, rows = {}, []
@@ -229,10 +238,11 @@ def composed(model, weights, known, number, count, seeds, options):
         for where, scope in (("own tokens", None), ("every token", Scope())):
             for how in ("shut", "tuned"):
                 sets[f"{how}, {where}"] = [part for one in group for part in one.parts(weights, scope)[how]]
-        if all(one.together for one in group):
-            sets["tuned together"] = [one.part_together(weights) for one in group]
-        for way, parts in sets.items():
-            pictures = drawn_with(model, weights, captions, parts, 100 * options.seed + i, options)
+        seed = 100 * options.seed + i
+        drawn = {way: drawn_with(model, weights, captions, parts, seed, options) for way, parts in sets.items()}
+        if together:
+            drawn["tuned together"] = together.drawn(group, captions, seed, options)
+        for way, pictures in drawn.items():
             ways.setdefault(way, []).extend(number_found(pictures, group, options))
             shown += list(pictures[:2])
         rows.append(shown)
@@ -286,7 +296,7 @@ def main():
     count, seeds = (30, 8) if options.full else (8, 2)
     known = find_all(model, weights, names, options)
     first = known[: len(words.PLACEHOLDERS)]
-    seconds = tune_together(weights, first, options) if options.discover else None
+    together = Together(first, options) if options.discover else None
     report = {
         "found_by": "the library" if options.discover else "the reference",
         **{n: getattr(options, n) for n in ("density", "tune", "together", "values", "guidance", "side", "batches", "seed", *SEARCH)},
@@ -294,8 +304,9 @@ def main():
         "share_of_kv_bytes": [one.size and round(one.size / (4 * weights.count), 5) for one in known],
         "held_out": held_out(model, weights, known, 208),
         "drawn": drawn(model, weights, known, 20, options),
-        "seconds_together": seconds,
-        "composed": {n: composed(model, weights, first, n, count, seeds, options) for n in (2, 3, 4)},
+        "together_bytes": together and together.bytes,
+        "together_seconds": together and together.seconds,
+        "composed": {n: composed(model, weights, first, n, count, seeds, options, together) for n in (2, 3, 4)},
         "beside_an_object": beside(model, weights, known, 20 if options.full else 6, options),
         "seconds": round(time.time() - began),
     }
