@@ -1,6 +1,8 @@
-/* Reading a folder of pictures with their captions, for the examples that learn from one. */
+/* What the examples that learn from a folder of pictures share: reading it with its captions, and the names of values. */
 #ifndef PICTURES_H
 #define PICTURES_H
+
+#include <macula.h>
 
 #include <dirent.h>
 #include <stdio.h>
@@ -57,6 +59,14 @@ static inline char *read_caption(const char *picture) {
   if (file) fclose(file);
   free(path);
   return line;
+}
+
+static inline int read_values(const char *name, macula_values *values) {
+  static const char *const names[] = {"none", "binary", "quaternary", "float16", "float32"};
+  for (*values = MACULA_VALUES_BINARY; *values <= MACULA_VALUES_FLOAT32; ++*values) {
+    if (!strcmp(name, names[*values])) return 1;
+  }
+  return 0;
 }
 
 #endif

@@ -59,14 +59,6 @@ typedef struct {
   macula_together_options options;
 } request;
 
-static int read_values(const char *name, macula_values *values) {
-  static const char *const names[] = {"none", "binary", "quaternary", "float16", "float32"};
-  for (*values = MACULA_VALUES_BINARY; *values <= MACULA_VALUES_FLOAT32; ++*values) {
-    if (!strcmp(name, names[*values])) return 1;
-  }
-  return 0;
-}
-
 static int read_arguments(int count, char **values, request *wanted) {
   if (count < 7 || count % 2 == 0) return 0;
   wanted->model = values[1];

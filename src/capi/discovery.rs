@@ -20,11 +20,11 @@ use super::draw::{Teller, macula_progress_fn};
 use super::guard::guard;
 use super::handle::Object;
 use super::image::macula_image;
-use super::pipeline::macula_pipeline;
+use super::pipeline::{Work, macula_pipeline};
 use super::status::macula_status;
 use super::tensor::macula_tensor;
 use crate::concept::Scope;
-use crate::diffusion::pipeline::{Embedding, Images};
+use crate::diffusion::pipeline::{Embedding, Images, Pipeline};
 use crate::discovery::search::Method;
 use crate::discovery::{
     Attentions, Encoded, EncodedSubject, Erasure, Goal, InvertOptions, Request, Searched, Subject, TuneOptions,
@@ -284,20 +284,30 @@ pub unsafe extern "C" fn macula_discover(
         // SAFETY: valid as the header asks.
         let inputs = unsafe { Inputs::read(&options) }?;
         let work = &mut *pipeline.begin()?;
+        let request = inputs.request(&options, embedding.as_ref().map(|entry| &*entry.embedding))?;
         let teller = Teller { callback: options.progress, userdata: options.progress_userdata };
-        let mut report = |progress: Progress<'_>| match CString::new(progress.stage) {
-            Ok(stage) => teller.tell_loss(&stage, progress.done, progress.total, progress.loss),
-            Err(_) => ControlFlow::Continue(()),
-        };
-        let mut job = Job { cancel, report: Some(&mut report) };
-        let prompt = embedding.as_ref().map(|entry| &*entry.embedding);
-        let found = inputs.request(&options, prompt)?.find(&mut work.pipeline, &mut job);
-        let restored = work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect());
-        let (found, _) = found?;
-        restored?;
+        let (found, _) = aside(work, cancel, &teller, |pipeline, job| request.find(pipeline, job))?;
         out_concept.set(macula_concept::table().insert(macula_concept::new(found)));
         Ok(())
     })
+}
+
+/// A job for which what is composed and ablated is set aside; it acts again afterwards, whatever came of the job.
+pub(super) fn aside<T>(
+    work: &mut Work,
+    cancel: CancelToken,
+    teller: &Teller,
+    run: impl FnOnce(&mut Pipeline, &mut Job<'_>) -> Result<T>,
+) -> Result<T> {
+    let mut report = |progress: Progress<'_>| match CString::new(progress.stage) {
+        Ok(stage) => teller.tell_loss(&stage, progress.done, progress.total, progress.loss),
+        Err(_) => ControlFlow::Continue(()),
+    };
+    let made = run(&mut work.pipeline, &mut Job { cancel, report: Some(&mut report) });
+    let restored = work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect());
+    let made = made?;
+    restored?;
+    Ok(made)
 }
 
 /// What the options lead to, copied.

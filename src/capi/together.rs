@@ -4,14 +4,13 @@
 //! scenes that the library makes of their pictures, they keep to their own. Each stays a concept of its own with the weights
 //! that were found for it, and any of them may then be composed.
 
-use std::ffi::{CString, c_char, c_void};
-use std::ops::ControlFlow;
+use std::ffi::{c_char, c_void};
 use std::path::PathBuf;
 
 use super::argument::{self, Versioned, optional_text, out, reference, slice};
 use super::cancel::macula_cancel_token;
 use super::concept::{MACULA_VALUES_FLOAT16, macula_concept, macula_values, precision};
-use super::discovery::{effort, joined, texts};
+use super::discovery::{aside, effort, joined, texts};
 use super::draw::{Teller, macula_progress_fn};
 use super::guard::{Call, guard};
 use super::handle::Object;
@@ -22,7 +21,7 @@ use crate::concept::Concept;
 use crate::diffusion::pipeline::Images;
 use crate::discovery::{Companion, Together, TuneOptions};
 use crate::error::{Error, Result};
-use crate::progress::{CancelToken, Job, Progress};
+use crate::progress::CancelToken;
 
 /// A concept that is tuned with others.
 #[repr(C)]
@@ -168,15 +167,7 @@ pub unsafe extern "C" fn macula_tune_together(
         let together = together(&options, &inputs, checkpoint)?;
         let work = &mut *pipeline.begin()?;
         let teller = Teller { callback: options.progress, userdata: options.progress_userdata };
-        let mut report = |progress: Progress<'_>| match CString::new(progress.stage) {
-            Ok(stage) => teller.tell_loss(&stage, progress.done, progress.total, progress.loss),
-            Err(_) => ControlFlow::Continue(()),
-        };
-        let mut job = Job { cancel, report: Some(&mut report) };
-        let tuned = together.tune(&mut work.pipeline, &mut job);
-        let restored = work.pipeline.set_concepts(work.composed.iter().chain(&work.ablated).cloned().collect());
-        let (tuned, _) = tuned?;
-        restored?;
+        let (tuned, _) = aside(work, cancel, &teller, |pipeline, job| together.tune(pipeline, job))?;
         for (concept, out) in tuned.into_iter().zip(outs) {
             out.set(macula_concept::table().insert(macula_concept::new(concept)));
         }

@@ -18,8 +18,9 @@ use rayon::prelude::*;
 use super::draw::{ActingRow, Batch};
 use super::search::Slope;
 use crate::concept::{ProjectionWeights, Projections, Weights};
+use crate::diffusion::pipeline::UnetSource;
 use crate::diffusion::precision;
-use crate::diffusion::unet::Conditioning;
+use crate::diffusion::unet::{Conditioning, UnetOptions};
 use crate::error::{Error, Result, Status};
 use crate::memory::{GRAPH, PANELS, collected, copied, room, threads, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role, WeightInput};
@@ -84,6 +85,14 @@ pub struct GradientOptions {
     pub threads: usize,
     /// Whether [`KeyValueGradient::text_slope`] will be asked.
     pub texts: bool,
+}
+
+impl GradientOptions {
+    /// For the UNet of a pipeline: run, limited and threaded as it was opened.
+    pub(super) fn of(source: &UnetSource) -> Self {
+        let UnetOptions { session, limits, threads, .. } = source.options.clone();
+        Self { session, limits, threads, ..Self::default() }
+    }
 }
 
 /// What a batch says of the texts that it is conditioned on, at untouched weights.

@@ -251,14 +251,12 @@ impl<'a> Request<'a> {
     ) -> Result<KeyValueGradient> {
         let source = pipeline.unet_source();
         let gradient = GradientOptions {
-            session: source.options.session.clone(),
-            limits: source.options.limits.clone(),
             spending: self.spending,
             attentions: self.attentions,
             searched: self.searched,
             lot: self.lot,
-            threads: source.options.threads,
             texts: self.invert.is_some(),
+            ..GradientOptions::of(source)
         };
         let (example, shape) = (discovery.example(options)?, discovery.shape());
         KeyValueGradient::open(&source.runtime, &source.path, &example, shape, &gradient, &job.cancel)

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::checkpoint;
 use super::draw::{ActingRow, Batch, Examples};
-use super::gradient::{Attentions, GradientOptions, KeyValueGradient, Searched};
+use super::gradient::{GradientOptions, KeyValueGradient};
 use super::job::{keep, members, tell, tuned_values};
 use super::material::{acting, rows_of, words};
 use super::scenes::{Scenes, Shown, scenes};
@@ -200,16 +200,7 @@ impl<'a> Together<'a> {
         job: &Job<'_>,
     ) -> Result<KeyValueGradient> {
         let source = pipeline.unet_source();
-        let options = GradientOptions {
-            session: source.options.session.clone(),
-            limits: source.options.limits.clone(),
-            spending: self.spending,
-            attentions: Attentions::Cross,
-            searched: Searched::KeysAndValues,
-            lot: self.lot,
-            threads: source.options.threads,
-            texts: false,
-        };
+        let options = GradientOptions { spending: self.spending, lot: self.lot, ..GradientOptions::of(source) };
         let example = self.batch(examples, schedule, 0)?;
         let gradient =
             KeyValueGradient::open(&source.runtime, &source.path, &example, examples.shape, &options, &job.cancel)?;

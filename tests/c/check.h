@@ -44,4 +44,12 @@ static inline macula_concept *concept_of(const char *base, const uint32_t *indic
   return made;
 }
 
+/* Whether two draws of one size gave the same first picture. */
+static inline int same(const macula_images *a, const macula_images *b) {
+  macula_image x, y;
+  OK(macula_images_get(a, 0, &x));
+  OK(macula_images_get(b, 0, &y));
+  return x.width == y.width && !memcmp(x.rgb, y.rgb, (size_t)x.width * x.height * 3);
+}
+
 #endif

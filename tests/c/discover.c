@@ -32,13 +32,6 @@ static void draw(macula_pipeline *pipeline, macula_images **images) {
   OK(macula_pipeline_draw(pipeline, &options, images));
 }
 
-static int same(const macula_images *a, const macula_images *b) {
-  macula_image x, y;
-  OK(macula_images_get(a, 0, &x));
-  OK(macula_images_get(b, 0, &y));
-  return x.width == y.width && !memcmp(x.rgb, y.rgb, (size_t)x.width * x.height * 3);
-}
-
 int main(int argc, char **argv) {
   macula_runtime *runtime = NULL;
   macula_pipeline *pipeline = NULL;
