@@ -2761,7 +2761,8 @@ typedef struct {
    */
   uint32_t tune_steps;
   /**
-   * How tuned values are kept; not read without tuning. Default: `MACULA_VALUES_FLOAT16`.
+   * How tuned values are kept; not read without tuning. Those kept with 1 or 2 bits are learnt so, in the second half of
+   * the steps. Default: `MACULA_VALUES_FLOAT16`.
    */
   macula_values values;
   /**
@@ -2942,7 +2943,7 @@ typedef struct {
    */
   const macula_companion *companions;
   /**
-   * How many, at least 2. Beside the gradient each takes eight bytes a K and V weight. Default: `0`.
+   * How many, at least 2. Default: `0`.
    */
   size_t companion_count;
   /**
@@ -3001,7 +3002,8 @@ typedef struct {
    */
   int32_t class_label;
   /**
-   * How values are kept. Default: `MACULA_VALUES_FLOAT16`.
+   * How values are kept; those kept with 1 or 2 bits are learnt so, in the second half of the steps.
+   * Default: `MACULA_VALUES_FLOAT16`.
    */
   macula_values values;
   /**

@@ -131,14 +131,25 @@ fn agrees_with_the_reference(scope: &str, attentions: Attentions) {
     let same = jaccard(&found, &reference.set("learnt"));
     println!("{scope} learnt mask: Jaccard {same:.4}");
     assert!(same >= 0.98, "{scope} learnt mask: Jaccard {same}");
-    tuning_agrees_with_the_reference(scope, &reference, count, &mut loss);
+    tuning_agrees_with_the_reference(scope, &reference, &gradient, &batches);
 }
 
 /// At untouched weights and at random ones.
 fn slopes_agree_with_the_reference(scope: &str, reference: &Reference, gradient: &KeyValueGradient) {
     let scales = reference.f32s("scales");
     for (name, scales) in [("slope", &vec![1.0; scales.len()]), ("mixed", &scales)] {
-        let slope = gradient.slope(&reference.batch(0), SHAPE, scales, &CancelToken::new()).unwrap();
+        let all: Vec<usize> = (0..scales.len()).collect();
+        let batch = reference.batch(0);
+        let slope = gradient.slope_of(&batch, SHAPE, &all, scales, &CancelToken::new()).unwrap();
+        if scales.len() == gradient.len() {
+            // The same by dense products.
+            let dense = gradient.slope(&batch, SHAPE, scales, &CancelToken::new()).unwrap();
+            let apart = relative(&slope.scales, &dense.scales);
+            assert!(
+                apart <= 1e-5 && (slope.loss - dense.loss).abs() <= 1e-6 * dense.loss,
+                "{scope} {name}: {apart:.1e}"
+            );
+        }
         let expected = f64::from(reference.f32s(&format!("{name}_loss"))[0]);
         assert!((slope.loss - expected).abs() <= 1e-5 * expected, "{scope} {name}: {} for {expected}", slope.loss);
         let error = relative(&slope.scales, &reference.f32s(name));
@@ -147,32 +158,40 @@ fn slopes_agree_with_the_reference(scope: &str, reference: &Reference, gradient:
     }
 }
 
-/// Gives the reference's set values in as many steps, over the same batches.
+/// Gives the reference's set values in as many steps, over the same batches; among few levels too.
 fn tuning_agrees_with_the_reference(
     scope: &str,
     reference: &Reference,
-    count: usize,
-    loss: macula::discovery::search::Loss<'_>,
+    gradient: &KeyValueGradient,
+    batches: &[Batch],
 ) {
     let places: Vec<usize> = reference.set("learnt").into_iter().collect();
-    let losses = reference.f32s("tuned_losses");
-    let options = TuneOptions { steps: losses.len(), ..TuneOptions::default() };
     let (weights, units) = (reference.f32s("untouched"), reference.f32s("units"));
     let begins = reference.0.contains_key("start").then(|| reference.f32s("start"));
     let values = begins.unwrap_or_else(|| vec![0.0; places.len()]);
-    let mut tuning = Tuning::new(count, Members { places, weights, units, values }, options).unwrap();
-    while !tuning.is_done() {
-        tuning.step(loss).unwrap();
+    let parts = reference.i64s("parts").into_iter().map(|part| part as usize).collect();
+    let members = Members { weights, units, values, parts };
+    let mut loss = |scales: &[f32], number: usize| {
+        gradient.slope_of(&batches[number], SHAPE, &places, scales, &CancelToken::new())
+    };
+    for precision in [Precision::F32, Precision::Quaternary] {
+        let kept = precision.name();
+        let losses = reference.f32s(&format!("{kept}.losses"));
+        let options = TuneOptions { steps: losses.len(), precision, ..TuneOptions::default() };
+        let mut tuning = Tuning::new(members.clone(), options).unwrap();
+        while !tuning.is_done() {
+            tuning.step(&mut loss).unwrap();
+        }
+        for (step, (ours, theirs)) in tuning.losses().iter().zip(&losses).enumerate() {
+            assert!((ours - f64::from(*theirs)).abs() <= 1e-3 * ours, "{scope} {kept} {step}: {ours} for {theirs}");
+        }
+        let theirs = reference.f32s(&format!("{kept}.values"));
+        let square = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
+        let apart = square(&mut tuning.values().unwrap().iter().zip(&theirs).map(|(a, b)| a - b));
+        let share = apart / square(&mut theirs.iter().copied());
+        println!("{scope} tuning, {kept}: values within {share:.1e}");
+        assert!(share <= 1e-2, "{scope} tuning, {kept}: values within {share:.1e} of the reference's");
     }
-    for (step, (ours, theirs)) in tuning.losses().iter().zip(&losses).enumerate() {
-        assert!((ours - f64::from(*theirs)).abs() <= 1e-3 * ours, "{scope}, step {step}: {ours} for {theirs}");
-    }
-    let theirs = reference.f32s("values");
-    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
-    let apart = square(&mut tuning.values().unwrap().iter().zip(&theirs).map(|(a, b)| a - b));
-    let share = apart / square(&mut theirs.iter().copied());
-    println!("{scope} tuning: values within {share:.1e}");
-    assert!(share <= 1e-2, "{scope} tuning: values within {share:.1e} of the reference's");
 }
 
 #[test]
@@ -201,12 +220,15 @@ fn sets_that_are_tuned_together_are_the_references() {
     let batches = reference.batches();
     let gradient = open(&batches[0], GradientOptions::default());
     slopes_agree_with_the_reference("together", &reference, &gradient);
-    let mut loss = |scales: &[f32], number: usize| gradient.slope(&batches[number], SHAPE, scales, &CancelToken::new());
-    tuning_agrees_with_the_reference("together", &reference, 2 * gradient.len(), &mut loss);
-    // One set can't act on the rows of two.
+    tuning_agrees_with_the_reference("together", &reference, &gradient, &batches);
+    // One set can't act on the rows of two, and members have a place each.
     let ones = vec![1f32; gradient.len()];
-    let error = gradient.slope(&batches[0], SHAPE, &ones, &CancelToken::new()).err().unwrap();
-    assert_eq!(error.status(), Status::InvalidArgument);
+    let refused = [
+        gradient.slope(&batches[0], SHAPE, &ones, &CancelToken::new()),
+        gradient.slope_of(&batches[0], SHAPE, &[3, 3], &[0.0; 2], &CancelToken::new()),
+        gradient.slope_of(&batches[0], SHAPE, &[3], &[0.0; 2], &CancelToken::new()),
+    ];
+    refused.into_iter().for_each(|outcome| assert_eq!(outcome.err().unwrap().status(), Status::InvalidArgument));
 }
 
 fn pipeline(threads: usize) -> Pipeline {

@@ -171,9 +171,20 @@ def tune_as_asked(options, weights, loss, shut):
     if not options.tune:
         return None
     generator = torch.Generator().manual_seed(options.seed + 1)
-    values, _ = tune(loss, shut, weights.vector(), weights.units(), options.tune, generator)
-    parts = values.split([len(i) for i in weights.indices(shut).values()])
-    return torch.cat([torch.from_numpy(concept_file.rounded(part.numpy(), options.values)) for part in parts])
+    kept = as_kept([len(i) for i in weights.indices(shut).values()], options.values)
+    seen = kept if options.values in concept_file.CODE_BITS else None
+    values, _ = tune(loss, shut, weights.vector(), weights.units(), options.tune, generator, kept=seen)
+    return kept(values)
+
+
+def as_kept(parts, precision):
+    """Rounds values [members] as a precision holds them, of which so many in `parts` belong to each projection."""
+
+    def kept(values):
+        split = [concept_file.rounded(part.numpy(), precision) for part in values.split(parts)]
+        return torch.cat([torch.from_numpy(part) for part in split])
+
+    return kept
 
 
 def save(path, weights, found, concept, method, density, options):

@@ -120,13 +120,26 @@ def learnt_mask(loss, count, batches, generator, rate=0.04, betas=(0.9, 0.99), p
 
 
 def tune(
-    loss, shut, weights, units, steps, generator, rate=0.1, decay=0.01, betas=(0.9, 0.99), warm_up=10, start=None
+    loss,
+    shut,
+    weights,
+    units,
+    steps,
+    generator,
+    rate=0.1,
+    decay=0.01,
+    betas=(0.9, 0.99),
+    warm_up=10,
+    start=None,
+    kept=None,
 ):
     """Learns values for the shut weights, and for no other, by AdamW: float32 [members], and the losses. They begin at zero,
     or at `start` [members].
 
     `weights` [N] are the untouched ones, `units` [N] what a step of one means for each: the standard deviation of its
-    projection. The step size rises over `warm_up` steps to `rate` and falls to zero by a half cosine.
+    projection. The step size rises over `warm_up` steps to `rate` and falls to zero by a half cosine. Where `kept` gives the
+    few levels among which values [members] will be kept, the second half of the steps sees them so, and slopes are passed
+    straight through (arXiv 1308.3432).
     """
     members = shut.nonzero()[:, 0]
     ours, unit = weights[members], units[members]
@@ -136,7 +149,10 @@ def tune(
     losses = []
     for k in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, k / warm_up) * 0.5 * (1 + math.cos(math.pi * k / steps))
-        scales = torch.ones(len(weights)).index_put((members,), values * unit / ours)
+        seen = values * unit
+        if kept is not None and 2 * (k - 1) >= steps:
+            seen = seen + (kept(seen.detach()) - seen).detach()
+        scales = torch.ones(len(weights)).index_put((members,), seen / ours)
         value = loss(scales, generator)
         optimizer.zero_grad()
         value.backward()

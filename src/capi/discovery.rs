@@ -157,7 +157,8 @@ pub struct macula_discover_options {
     /// loss further. 200 draw a subject much more like itself, for about thrice the time and twice the bytes. 0: they are
     /// shut, as in Cones. Default: `0`.
     pub tune_steps: u32,
-    /// How tuned values are kept; not read without tuning. Default: `MACULA_VALUES_FLOAT16`.
+    /// How tuned values are kept; not read without tuning. Those kept with 1 or 2 bits are learnt so, in the second half of
+    /// the steps. Default: `MACULA_VALUES_FLOAT16`.
     pub values: macula_values,
     /// Implanting, for a host that encodes for itself: clean latents `[count, channels, h, w]` of the subject in place of
     /// `pictures`, 32-bit floating point, scaled as the UNet sees them, at least 1. May be NULL. Default: `NULL`.

@@ -48,7 +48,7 @@ pub struct macula_together_options {
     pub struct_size: usize,
     /// The concepts, `companion_count` of them, each with a trigger of its own; not NULL. Default: `NULL`.
     pub companions: *const macula_companion,
-    /// How many, at least 2. Beside the gradient each takes eight bytes a K and V weight. Default: `0`.
+    /// How many, at least 2. Default: `0`.
     pub companion_count: usize,
     /// A file that keeps the tuning every ten steps, when it is broken off and at its end. If it is there, the same tuning goes
     /// on where it was, and ends as in one go. May be NULL. Default: `NULL`.
@@ -79,7 +79,8 @@ pub struct macula_together_options {
     pub save_memory: i32,
     /// Class for a UNet that takes one. Default: `0`.
     pub class_label: i32,
-    /// How values are kept. Default: `MACULA_VALUES_FLOAT16`.
+    /// How values are kept; those kept with 1 or 2 bits are learnt so, in the second half of the steps.
+    /// Default: `MACULA_VALUES_FLOAT16`.
     pub values: macula_values,
     /// Must be 0. Default: `0`.
     pub reserved: u32,

@@ -41,6 +41,24 @@ impl Precision {
             Self::F16 | Self::F32 => None,
         }
     }
+
+    /// Whether it holds a few levels only, not numbers.
+    pub(crate) fn is_coarse(self) -> bool {
+        self.code_bits().is_some()
+    }
+
+    /// Rounds the values of one projection: to the nearest number, or to the nearest of the levels of least squared error
+    /// (Lloyd 1982).
+    pub(crate) fn round(self, values: &mut [f32]) {
+        match self.code_bits() {
+            Some(bits) => {
+                let levels = levels(values, 1 << bits);
+                values.iter_mut().for_each(|value| *value = levels[nearest(&levels, *value)]);
+            }
+            None if self == Self::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+            None => {}
+        }
+    }
 }
 
 /// A value for each member of a [`NeuronSet`]: what its weight is while the concept acts, in the weight's own unit.
@@ -52,25 +70,14 @@ pub struct Values {
 }
 
 impl Values {
-    /// Rounds values to a precision: to the nearest number, or to the nearest of the levels of least squared error
-    /// (Lloyd 1982) of each projection. `layers` has a list for each projection of `neurons`, a value a member.
+    /// Rounds values to a precision, projection by projection. `layers` has a list for each projection of `neurons`, a value
+    /// a member.
     ///
     /// Errors: `InvalidArgument` if the lists do not fit the set, or a value is not finite or too large for the precision.
     pub fn new(precision: Precision, neurons: &NeuronSet, layers: Vec<Vec<f32>>) -> Result<Self> {
         let mut rounded = Self { precision, layers };
         rounded.check(neurons)?;
-        for values in &mut rounded.layers {
-            match precision.code_bits() {
-                Some(bits) => {
-                    let levels = levels(values, 1 << bits);
-                    values.iter_mut().for_each(|value| *value = levels[nearest(&levels, *value)]);
-                }
-                None if precision == Precision::F16 => {
-                    values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32());
-                }
-                None => {}
-            }
-        }
+        rounded.layers.iter_mut().for_each(|values| precision.round(values));
         rounded.check(neurons)?;
         Ok(rounded)
     }

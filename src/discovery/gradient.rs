@@ -22,7 +22,7 @@ use crate::diffusion::pipeline::UnetSource;
 use crate::diffusion::precision;
 use crate::diffusion::unet::{Conditioning, UnetOptions};
 use crate::error::{Error, Result, Status};
-use crate::memory::{GRAPH, PANELS, collected, copied, room, threads, zeroed};
+use crate::memory::{GRAPH, PANELS, collected, copied, extend, room, threads, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role, WeightInput};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts, Spending};
@@ -254,7 +254,7 @@ impl KeyValueGradient {
         let mut names = Names { keys_values, weight_inputs, loss, cotangent: String::new() };
 
         let first = example.part(0, lot)?;
-        let steered = texts.steered(&first.conditioning, &[], &[])?;
+        let steered = texts.untouched(&first.conditioning)?;
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &steered)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -371,7 +371,7 @@ impl KeyValueGradient {
         for from in (0..states).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let steered = self.texts.steered(&part.conditioning, &[], &[])?;
+            let steered = self.texts.untouched(&part.conditioning)?;
             let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
@@ -391,47 +391,100 @@ impl KeyValueGradient {
         Ok(TextSlope { loss, context: self.texts.through_weights(&sums, count * tokens)?, pooled })
     }
 
-    /// The weighted loss of a batch at `scales [N]` and its slope; for several sets, each with rows of its own in the batch,
-    /// `scales [sets N]`, one set's behind the other's. The batch is a multiple of [`KeyValueGradient::lot`].
+    /// The weighted loss of a batch at `scales [N]` and its slope. All rows of the batch are of one set; it is a multiple of
+    /// [`KeyValueGradient::lot`].
     ///
-    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit, or several sets with weights of self-attention; [`Status::NotFinite`] for a gradient that is not
-    /// finite, naming the projection; [`Status::Cancelled`]; what the session gives.
+    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::NotFinite`] for a gradient that is not finite,
+    /// naming the projection; [`Status::Cancelled`]; what the session gives.
     pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
-        let count = batch.timesteps.len();
-        let sets = scales.len() / self.len().max(1);
-        let fits = sets > 0 && scales.len().is_multiple_of(self.len()) && batch.rows.iter().all(|row| row.set < sets);
-        if !fits || count == 0 || !count.is_multiple_of(self.lot) {
+        if scales.len() != self.len() || batch.rows.iter().any(|row| row.set != 0) {
             return Err(Error::invalid_argument(format!(
-                "{count} states and {} scales, expected a multiple of {} states and {} scales for each set",
+                "{} scales for the rows of one set, expected {}",
                 scales.len(),
-                self.lot,
                 self.len()
             )));
+        }
+        let steered = |part: &Batch| self.texts.steered(&part.conditioning, &part.rows, scales);
+        let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| self.texts.add_slopes(part, answers, slopes);
+        self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add)
+    }
+
+    /// As [`KeyValueGradient::slope`], at scales of a few `members`, with one for all others, and for several sets, each with rows
+    /// of its own in the batch: set `s` has the places from `s N`. The slope is that of the members' scales.
+    ///
+    /// Errors: as there; [`Status::InvalidArgument`] for members that do not ascend, a row of two sets, or several sets with
+    /// weights of self-attention.
+    pub fn slope_of(
+        &self,
+        batch: &Batch,
+        shape: [usize; 3],
+        members: &[usize],
+        scales: &[f32],
+        cancel: &CancelToken,
+    ) -> Result<Slope> {
+        let refuse = |why: &str| Err(Error::invalid_argument(why));
+        if members.len() != scales.len() || !members.is_sorted_by(|a, b| a < b) || self.is_empty() {
+            return refuse("there must be a scale for each member, and the members must ascend");
         }
         let mut rows = collected(batch.rows.iter().map(|acting| acting.row))?;
         rows.sort_unstable();
         if rows.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(Error::invalid_argument("two sets act on one row of a text: each must have rows of its own"));
+            return refuse("two sets act on one row of a text: each must have rows of its own");
         }
-        if sets > 1 && self.texts.searches_self_attention() {
-            return Err(Error::invalid_argument("weights of self-attention act everywhere: there can be one set only"));
+        let several =
+            members.last().is_some_and(|&last| last >= self.len()) || batch.rows.iter().any(|row| row.set > 0);
+        if several && self.texts.searches_self_attention() {
+            return refuse("weights of self-attention act everywhere: there can be one set only");
         }
-        let mut slope = Slope { loss: 0.0, scales: zeroed(scales.len())? };
-        for from in (0..count).step_by(self.lot) {
+        let members = self.texts.by_projection(members, scales)?;
+        let steered = |part: &Batch| self.texts.steered_at(part, &members);
+        let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| {
+            self.texts.add_slopes_of(&members, part, answers, slopes)
+        };
+        self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add)
+    }
+
+    /// Runs a batch lot by lot: with what `steered` makes of each, adding to `count` slopes what `add` makes of the answers.
+    fn sum_of_lots(
+        &self,
+        batch: &Batch,
+        shape: [usize; 3],
+        count: usize,
+        cancel: &CancelToken,
+        steered: impl Fn(&Batch) -> Result<Steered>,
+        add: impl Fn(&Batch, &[Tensor], &mut [f32]) -> Result<()>,
+    ) -> Result<Slope> {
+        let states = batch.timesteps.len();
+        if states == 0 || !states.is_multiple_of(self.lot) {
+            return Err(Error::invalid_argument(format!("{states} states, expected a multiple of {}", self.lot)));
+        }
+        let mut slope = Slope { loss: 0.0, scales: zeroed(count)? };
+        for from in (0..states).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let steered = self.texts.steered(&part.conditioning, &part.rows, scales)?;
-            let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
+            let given = self.names.tensors(&self.inputs, &part, shape, &steered(&part)?)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
             let outputs: Vec<&str> = self.gradients.iter().chain([losses]).map(String::as_str).collect();
             let answers = self.session.run(&given, &outputs, cancel)?;
             let losses = answers[self.gradients.len()].as_slice::<f32>()?;
             slope.loss += losses.iter().zip(&part.weights).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-            self.texts.add_slopes(&part, &answers, &mut slope.scales)?;
+            add(&part, &answers, &mut slope.scales)?;
         }
         Ok(slope)
     }
+}
+
+/// Members of a set in one searched projection.
+struct MembersOf<'a> {
+    set: usize,
+    /// Which of [`Texts::searched`] it is.
+    projection: usize,
+    /// The place of its first scale.
+    from: usize,
+    /// Their places, ascending, and their scales.
+    places: &'a [usize],
+    scales: &'a [f32],
 }
 
 /// What the graph is given by scaled weights.
@@ -462,26 +515,71 @@ impl Texts {
         self.weights.iter().map(Vec::len).sum()
     }
 
-    /// Keys, values and weights, with the `scales` of each set acting on its `rows`, those of self-attention on all; untouched
-    /// without scales.
-    fn steered(&self, text: &Conditioning, rows: &[ActingRow], scales: &[f32]) -> Result<Steered> {
-        let cross = self.projections.as_slice().len();
+    /// Which of self-attention's projections a searched one is, if any.
+    fn of_self(&self, searched: usize) -> Option<usize> {
+        self.searched[searched].checked_sub(self.projections.as_slice().len())
+    }
+
+    /// Keys, values and weights as they are.
+    fn untouched(&self, text: &Conditioning) -> Result<Steered> {
         let of_self = self.projections.self_attention().iter().map(|projection| widened(&projection.weights));
-        let mut weights = of_self.collect::<Result<Vec<_>>>()?;
         let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
-        let mut keys_values = base.into_base();
-        for (set, scales) in scales.chunks_exact(self.len().max(1)).enumerate() {
-            let mut rest = scales;
-            for (own, &at) in self.weights.iter().zip(&self.searched) {
-                let (scales, others) = rest.split_at(own.len());
-                if let Some(weights) = at.checked_sub(cross).and_then(|at| weights.get_mut(at)) {
-                    weights.iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
-                }
-                rest = others;
+        Ok(Steered { keys_values: base.into_base(), weights: of_self.collect::<Result<_>>()? })
+    }
+
+    /// Keys, values and weights, with `scales` acting on these rows, those of self-attention on all.
+    fn steered(&self, text: &Conditioning, rows: &[ActingRow], scales: &[f32]) -> Result<Steered> {
+        let mut steered = self.untouched(text)?;
+        let mut rest = scales;
+        for (searched, own) in self.weights.iter().enumerate() {
+            let (scales, others) = rest.split_at(own.len());
+            if let Some(at) = self.of_self(searched) {
+                steered.weights[at].iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
             }
-            self.steer(&mut keys_values, text, &rows_of(rows, set)?, scales)?;
+            rest = others;
         }
-        Ok(Steered { keys_values, weights })
+        self.steer(&mut steered.keys_values, text, &rows_of(rows, 0)?, scales)?;
+        Ok(steered)
+    }
+
+    /// Keys, values and weights with scales of these members only, each on the rows of its set.
+    fn steered_at(&self, part: &Batch, members: &[MembersOf<'_>]) -> Result<Steered> {
+        let mut steered = self.untouched(&part.conditioning)?;
+        let (features, context) = (self.projections.in_features(), &part.conditioning.context);
+        for MembersOf { set, projection, from, places, scales } in members {
+            let weights = &self.weights[*projection];
+            if let Some(at) = self.of_self(*projection) {
+                let own = &mut steered.weights[at];
+                places.iter().zip(*scales).for_each(|(place, scale)| own[place - from] *= scale);
+                continue;
+            }
+            let (out, rows) = (weights.len() / features, rows_of(&part.rows, *set)?);
+            let values = &mut steered.keys_values[self.searched[*projection]];
+            for (place, scale) in places.iter().zip(*scales) {
+                let (column, feature) = ((place - from) / features, (place - from) % features);
+                let change = weights[place - from] * (scale - 1.0);
+                rows.iter().for_each(|row| values[row * out + column] += context[row * features + feature] * change);
+            }
+        }
+        Ok(steered)
+    }
+
+    /// Shares out members of sets, in the order of their places.
+    fn by_projection<'a>(&self, mut places: &'a [usize], mut scales: &'a [f32]) -> Result<Vec<MembersOf<'a>>> {
+        let (mut shares, mut from, mut set) = (Vec::new(), 0, 0);
+        while !places.is_empty() {
+            for (projection, weights) in self.weights.iter().enumerate() {
+                let own = places.partition_point(|&place| place < from + weights.len());
+                let ((places_of, others), (scales_of, scales_left)) = (places.split_at(own), scales.split_at(own));
+                if own > 0 {
+                    let share = MembersOf { set, projection, from, places: places_of, scales: scales_of };
+                    extend(&mut shares, [share])?;
+                }
+                (places, scales, from) = (others, scales_left, from + weights.len());
+            }
+            set += 1;
+        }
+        Ok(shares)
     }
 
     /// Brings the keys and values of some rows to `scales`.
@@ -548,14 +646,57 @@ impl Texts {
         Ok(sum)
     }
 
-    /// Adds to the slope of each scale of each set `W ∘ (ȳᵀ C)` of the rows that it acts on, or of self-attention `W` times
-    /// its gradient.
-    fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
-        let mut sets = slopes.chunks_exact_mut(self.len().max(1)).enumerate();
-        sets.try_for_each(|(set, slopes)| self.add_slopes_of(&rows_of(&part.rows, set)?, part, answers, slopes))
+    /// The gradients of each searched projection.
+    ///
+    /// Errors: [`Status::NotFinite`], naming the projection.
+    fn cotangents<'t>(&self, answers: &'t [Tensor]) -> Result<Vec<&'t [f32]>> {
+        let finite = |(answer, projection): (&'t Tensor, &ProjectionWeights)| {
+            let cotangents = answer.as_slice::<f32>()?;
+            if cotangents.iter().any(|value| !value.is_finite()) {
+                let what = format!("the gradient of {} is not finite", projection.path);
+                return Err(Error::new(Status::NotFinite, what));
+            }
+            Ok(cotangents)
+        };
+        answers.iter().zip(self.searched()).map(finite).collect()
     }
 
-    fn add_slopes_of(&self, rows: &[usize], part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
+    /// Adds to the slope of each member's scale what [`Texts::add_slopes`] would.
+    fn add_slopes_of(
+        &self,
+        members: &[MembersOf<'_>],
+        part: &Batch,
+        answers: &[Tensor],
+        slopes: &mut [f32],
+    ) -> Result<()> {
+        let (features, context) = (self.projections.in_features(), &part.conditioning.context);
+        let cotangents = self.cotangents(answers)?;
+        let mut rest = slopes;
+        for MembersOf { set, projection, from, places, .. } in members {
+            let (slopes, others) = rest.split_at_mut(places.len());
+            rest = others;
+            let (weights, cotangents) = (&self.weights[*projection], cotangents[*projection]);
+            let mut add = |slope_of: &dyn Fn(usize) -> f32| {
+                let each = slopes.iter_mut().zip(*places);
+                each.for_each(|(slope, place)| *slope += weights[place - from] * slope_of(place - from));
+            };
+            if self.of_self(*projection).is_some() {
+                add(&|at| cotangents[at]);
+                continue;
+            }
+            let (out, rows) = (weights.len() / features, rows_of(&part.rows, *set)?);
+            add(&|at| {
+                let (column, feature) = (at / features, at % features);
+                rows.iter().map(|row| cotangents[row * out + column] * context[row * features + feature]).sum()
+            });
+        }
+        Ok(())
+    }
+
+    /// Adds to the slope of each scale `W ∘ (ȳᵀ C)` of the rows on which it acts, or of self-attention `W` times its gradient.
+    fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
+        let cotangents = self.cotangents(answers)?;
+        let rows = rows_of(&part.rows, 0)?;
         let features = self.projections.in_features();
         let context = &part.conditioning.context;
         let mut turned = zeroed::<f32>(rows.len() * features)?;
@@ -573,15 +714,9 @@ impl Texts {
         }
         self.pool.install(|| {
             targets.into_par_iter().enumerate().try_for_each(|(at, slopes)| {
-                let projection = self.projection(self.searched[at]);
-                let out = projection.out_features;
-                let weights = &self.weights[at];
-                let cotangents = answers[at].as_slice::<f32>()?;
-                if cotangents.iter().any(|value| !value.is_finite()) {
-                    let what = format!("the gradient of {} is not finite", projection.path);
-                    return Err(Error::new(Status::NotFinite, what));
-                }
-                if self.searched[at] >= self.projections.as_slice().len() {
+                let (weights, cotangents) = (&self.weights[at], cotangents[at]);
+                let out = weights.len() / features;
+                if self.of_self(at).is_some() {
                     slopes.iter_mut().zip(cotangents).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
                     return Ok(());
                 }

@@ -360,13 +360,17 @@ impl Discovery {
         }
         let mut values = None;
         if let Some(wanted) = options.tune.filter(|_| !neurons.is_empty()) {
-            let mut tuning = Tuning::new(shut.len(), members(gradient, &shut)?, wanted)?;
+            let (places, members) = members(gradient, &shut)?;
+            let mut tuning = Tuning::new(members, wanted)?;
             if let Some(path) = &options.checkpoint {
                 checkpoint::resume_descent(path, &identity, Some(&mut search), tuning.descent_mut())?;
             }
             tell("tune", tuning.losses(), wanted.steps, job)?;
             while !tuning.is_done() {
-                let mut step = |scales: &[f32], number: usize| loss(scales, options.batches + number, job);
+                let mut step = |scales: &[f32], number: usize| -> Result<Slope> {
+                    let batch = self.batch(unet, options, options.batches + number, &learnt, job)?;
+                    gradient.slope_of(&batch, self.shape, &places, scales, &job.cancel)
+                };
                 let outcome = tuning.step(&mut step);
                 let outcome = outcome.and_then(|()| tell("tune", tuning.losses(), wanted.steps, job));
                 let done = (tuning.losses().len(), wanted.steps);
@@ -426,21 +430,22 @@ pub(super) fn tell(stage: &str, losses: &[f64], total: usize, job: &mut Job<'_>)
     job.tell(Progress { stage, done: losses.len() as u64, total: total as u64, loss })
 }
 
-/// The shut weights, to be tuned from zero in units of the standard deviation of each projection.
-pub(super) fn members(gradient: &KeyValueGradient, shut: &[bool]) -> Result<Members> {
+/// The shut weights' places, and they to be tuned from zero in units of the standard deviation of each projection.
+pub(super) fn members(gradient: &KeyValueGradient, shut: &[bool]) -> Result<(Vec<usize>, Members)> {
     let chosen = || gradient.weights().flatten().zip(shut).enumerate().filter(|(_, (_, shut))| **shut);
     let places = collected(chosen().map(|(at, _)| at))?;
     let weights = collected(chosen().map(|(_, (weight, _))| *weight))?;
-    let mut units = Vec::new();
+    let (mut units, mut parts) = (Vec::new(), Vec::new());
     let mut rest = shut;
     for own in gradient.weights() {
         let (shut, others) = rest.split_at(own.len());
         let unit = deviation(own);
         extend(&mut units, shut.iter().filter(|shut| **shut).map(|_| unit))?;
+        parts.push(units.len() - parts.iter().sum::<usize>());
         rest = others;
     }
     let values = zeroed(places.len())?;
-    Ok(Members { places, weights, units, values })
+    Ok((places, Members { weights, units, values, parts }))
 }
 
 /// The standard deviation of some weights.

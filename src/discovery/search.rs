@@ -222,13 +222,14 @@ impl Search {
             Memory::LearntMask { rate, penalty, scales, mean, square, total } => {
                 let step = batch as i32 + 1;
                 let corrections = (1.0 - BETAS.0.powi(step), 1.0 - BETAS.1.powi(step));
-                for (index, &slope) in slope.scales.iter().enumerate() {
-                    total[index] += f64::from(slope);
+                let each = scales.iter_mut().zip(mean).zip(square).zip(total).zip(&slope.scales);
+                for ((((scale, mean), square), total), &slope) in each {
+                    *total += f64::from(slope);
                     let slope = slope - *penalty;
-                    mean[index] += (1.0 - BETAS.0) * (slope - mean[index]);
-                    square[index] += (1.0 - BETAS.1) * (slope * slope - square[index]);
-                    let root = (square[index] / corrections.1).sqrt() + 1e-12;
-                    scales[index] = (scales[index] - *rate * (mean[index] / corrections.0) / root).clamp(0.0, 1.0);
+                    *mean += (1.0 - BETAS.0) * (slope - *mean);
+                    *square += (1.0 - BETAS.1) * (slope * slope - *square);
+                    let root = (*square / corrections.1).sqrt() + 1e-12;
+                    *scale = (*scale - *rate * (*mean / corrections.0) / root).clamp(0.0, 1.0);
                 }
             }
         }
@@ -290,18 +291,20 @@ impl Search {
     /// of large effect down alike, `q` puts the large ones first. What is allowed grows geometrically to the budget over
     /// the first half of the batches.
     fn masked(&self, scales: &[f32], total: &[f64], budget: usize) -> Result<Vec<bool>> {
-        let shut = collected(scales.iter().map(|&scale| scale < 0.5))?;
+        let mut shut = collected(scales.iter().map(|&scale| scale < 0.5))?;
         let grown = (self.losses.len() as f64 / (0.5 * self.batches as f64).max(1.0)).min(1.0);
         let allowed = (budget as f64).powf(grown).round() as usize;
-        if shut.iter().filter(|&&shut| shut).count() <= allowed {
+        let count: usize = shut.iter().map(|&shut| usize::from(shut)).sum();
+        if count <= allowed {
             return Ok(shut);
         }
         let top = total.iter().fold(1e-30, |top: f64, value| top.max(value.abs()));
-        let rank = |index: usize| match shut[index] {
-            true => 1.0 - f64::from(scales[index]) + 0.4 * total[index] / top,
-            false => 0.0,
-        };
-        largest(&collected((0..shut.len()).map(rank))?, allowed)
+        let each = shut.iter().zip(scales).zip(total).filter(|((shut, _), _)| **shut);
+        // A shut weight ranks above 1/2 - 0.4.
+        let ranks = collected(each.map(|((_, scale), total)| 1.0 - f64::from(*scale) + 0.4 * total / top))?;
+        let kept = largest(&ranks, allowed)?;
+        shut.iter_mut().filter(|shut| **shut).zip(kept).for_each(|(shut, kept)| *shut = kept);
+        Ok(shut)
     }
 
     /// All that it remembers, by name and `[N]` each: with [`Search::losses`] what a checkpoint holds.

@@ -99,15 +99,16 @@ impl<'a> Together<'a> {
         let gradient = self.differentiate(pipeline, &examples, &schedule, job)?;
         job.step("differentiate", 1, 1)?;
         let count = gradient.len();
-        let mut all = Members::default();
+        let (mut places, mut all) = (Vec::new(), Members::default());
         for (set, companion) in self.companions.iter().enumerate() {
-            let own = members_of(&gradient, companion.concept)?;
-            extend(&mut all.places, own.places.iter().map(|place| set * count + place))?;
+            let (own_places, own) = members_of(&gradient, companion.concept)?;
+            extend(&mut places, own_places.iter().map(|place| set * count + place))?;
             extend(&mut all.weights, own.weights)?;
             extend(&mut all.units, own.units)?;
             extend(&mut all.values, own.values)?;
+            extend(&mut all.parts, own.parts)?;
         }
-        let mut tuning = Tuning::new(self.companions.len() * count, all, self.tune)?;
+        let mut tuning = Tuning::new(all, self.tune)?;
         let mut identity = String::new();
         if let Some(path) = &self.checkpoint {
             identity = self.identity(&gradient, &examples, &schedule)?;
@@ -117,7 +118,7 @@ impl<'a> Together<'a> {
         while !tuning.is_done() {
             let mut loss = |scales: &[f32], number: usize| -> Result<Slope> {
                 let batch = self.batch(&examples, &schedule, number)?;
-                gradient.slope(&batch, examples.shape, scales, &job.cancel)
+                gradient.slope_of(&batch, examples.shape, &places, scales, &job.cancel)
             };
             let outcome = tuning.step(&mut loss);
             let outcome = outcome.and_then(|()| tell("tune", tuning.losses(), self.tune.steps, job));
@@ -319,8 +320,8 @@ impl Companion<'_> {
     }
 }
 
-/// A concept's weights among the scales of one set, with the values that it has.
-fn members_of(gradient: &KeyValueGradient, concept: &Concept) -> Result<Members> {
+/// The places of a concept's weights among the scales of one set, and they with the values that they have.
+fn members_of(gradient: &KeyValueGradient, concept: &Concept) -> Result<(Vec<usize>, Members)> {
     let mut shut = filled(gradient.len(), false)?;
     let mut values = Vec::new();
     let mut first = 0;
@@ -338,9 +339,9 @@ fn members_of(gradient: &KeyValueGradient, concept: &Concept) -> Result<Members>
         }
         first += projection.out_features * projection.in_features;
     }
-    let own = members(gradient, &shut)?;
-    if own.places.len() as u64 != concept.neurons.len() {
+    let (places, own) = members(gradient, &shut)?;
+    if places.len() as u64 != concept.neurons.len() {
         return Err(Error::invalid_file(format!("{:?} has layers that the model has not", concept.metadata.title)));
     }
-    Ok(Members { values, ..own })
+    Ok((places, Members { values, ..own }))
 }

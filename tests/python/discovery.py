@@ -7,11 +7,12 @@ anchor loss with a preserve term, global; `together`, the implanting loss of two
 rows of its own words.
 
 FOLDER/batches.safetensors: for each batch b `b.state`, `b.timestep`, `b.v`, `b.text`, `b.labels`, `b.weight` and
-`b.rows` (the entries of [B, L] on which a set acts, flat) with `b.sets` (which one), and the results: `slope` at scales of one and `mixed` at the
-scales `scales` for batch 0 with their `loss`es, the sets `saliency` and `learnt` as flat indices, and the `values` that
-tuning gives the latter with `tuned_losses`, over the batches once more, from its `untouched` weights in their `units`. For
-`together` all scales are those of one set behind those of the other, there are no searches, `learnt` is a random set, and its
-tuning begins at `start`. `b.v` is what the prediction should be: for `erase` the untouched one for the anchors and for the preserved texts themselves.
+`b.rows` (the entries of [B, L] on which a set acts, flat) with `b.sets` (which one), and the results: `slope` at scales of
+one and `mixed` at the scales `scales` for batch 0 with their `loss`es, the sets `saliency` and `learnt` as flat indices, and
+the `P.values` that tuning gives the latter with `P.losses`, over the batches once more, from its `untouched` weights in their
+`units`, for the precisions P; so many of its weights are in each projection as `parts` has. For `together` all scales are
+those of one set behind those of the other, there are no searches, `learnt` is a random set, and its tuning begins at `start`.
+`b.v` is what the prediction should be: for `erase` the untouched one for the anchors and for the preserved texts themselves.
 """
 
 import pathlib
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import search  # noqa: E402
+from discover import as_kept  # noqa: E402
 from find import subject  # noqa: E402
 from losses import AnchorLoss, Draw, Scope, predict, predict_under  # noqa: E402
 from model import Pictures, load, phrase_ids, plain_label  # noqa: E402
@@ -164,9 +166,14 @@ def main():
         calls = iter(generators())
         learnt = search.learnt_mask(loss, count, BATCHES, None, rate=0.2, budget=round(0.01 * count)).shut
     tensors["learnt"] = learnt.nonzero()[:, 0]
-    calls = iter(generators())
-    tuned = search.tune(loss, learnt, untouched, units, BATCHES, None, start=start)
-    tensors["values"], tensors["tuned_losses"] = tuned[0], torch.tensor(tuned[1])
+    sets = 2 if name == "together" else 1
+    sizes = [layer.weight.numel() for layer in weights.layers.values()] * sets
+    parts = [int(own.sum()) for own in learnt.split(sizes)]
+    tensors["parts"] = torch.tensor(parts)
+    for precision, kept in (("float32", None), ("quaternary", as_kept(parts, "quaternary"))):
+        calls = iter(generators())
+        tuned = search.tune(loss, learnt, untouched, units, BATCHES, None, start=start, kept=kept)
+        tensors[f"{precision}.values"], tensors[f"{precision}.losses"] = tuned[0], torch.tensor(tuned[1])
     tensors["untouched"], tensors["units"] = untouched[learnt], units[learnt]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "batches.safetensors")
 
