@@ -2964,7 +2964,7 @@ typedef struct {
    */
   void *progress_userdata;
   /**
-   * Step size in standard deviations of a projection's weights, above 0. Default: `0.1`.
+   * Step size in standard deviations of a projection's weights, above 0. Default: `0.3`.
    */
   double rate;
   /**
@@ -3015,7 +3015,7 @@ typedef struct {
 /**
  * The defaults: `macula_together_options x = MACULA_TOGETHER_OPTIONS_INIT;`
  */
-#define MACULA_TOGETHER_OPTIONS_INIT { sizeof(macula_together_options), NULL, 0, NULL, NULL, NULL, NULL, 0.1, 0, 0, 300, 128, 8, 0, 0, 0, MACULA_VALUES_FLOAT16, 0 }
+#define MACULA_TOGETHER_OPTIONS_INIT { sizeof(macula_together_options), NULL, 0, NULL, NULL, NULL, NULL, 0.3, 0, 0, 300, 128, 8, 0, 0, 0, MACULA_VALUES_FLOAT16, 0 }
 
 
 /**

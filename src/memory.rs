@@ -36,7 +36,13 @@ pub(crate) fn collected<T>(values: impl IntoIterator<Item = T>) -> Result<Vec<T>
 /// Puts what an iterator gives behind what is there.
 pub(crate) fn extend<T>(target: &mut Vec<T>, values: impl IntoIterator<Item = T>) -> Result<()> {
     let mut values = values.into_iter();
-    target.try_reserve(values.size_hint().0)?;
+    let (least, most) = values.size_hint();
+    target.try_reserve(least)?;
+    if most == Some(least) {
+        // There is room for all of them: the standard library's loop takes several at a time.
+        target.extend(values);
+        return Ok(());
+    }
     while let Some(value) = values.next() {
         if target.len() == target.capacity() {
             target.try_reserve(values.size_hint().0.max(1))?;

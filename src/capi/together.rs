@@ -59,7 +59,7 @@ pub struct macula_together_options {
     pub progress: macula_progress_fn,
     /// Given to `progress` as it is. May be NULL. Default: `NULL`.
     pub progress_userdata: *mut c_void,
-    /// Step size in standard deviations of a projection's weights, above 0. Default: `0.1`.
+    /// Step size in standard deviations of a projection's weights, above 0. Default: `0.3`.
     pub rate: f64,
     /// Fixes scenes, order, timesteps and noises. Default: `0`.
     pub seed: u64,
@@ -96,7 +96,7 @@ impl Default for macula_together_options {
             cancel: std::ptr::null(),
             progress: None,
             progress_userdata: std::ptr::null_mut(),
-            rate: 0.1,
+            rate: 0.3,
             seed: 0,
             activation_bytes: 0,
             steps: 300,

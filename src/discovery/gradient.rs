@@ -148,6 +148,9 @@ struct Names {
     cotangent: String,
 }
 
+/// Where at most one of so many scales is not one, keys and values are brought to them one by one.
+const FEW: usize = 16;
+
 const CONTEXT: &str = attention::TEXT_INPUT;
 const POOLED: &str = "text_embeds";
 
@@ -404,8 +407,16 @@ impl KeyValueGradient {
                 self.len()
             )));
         }
-        let steered = |part: &Batch| self.texts.steered(&part.conditioning, &part.rows, scales);
+        let changed: usize = scales.iter().map(|&scale| usize::from(scale != 1.0)).sum();
         let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| self.texts.add_slopes(part, answers, slopes);
+        if changed > scales.len() / FEW {
+            let steered = |part: &Batch| self.texts.steered(&part.conditioning, &part.rows, scales);
+            return self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add);
+        }
+        let places = collected((0..scales.len()).filter(|&at| scales[at] != 1.0))?;
+        let scales_of = collected(places.iter().map(|&at| scales[at]))?;
+        let members = self.texts.by_projection(&places, &scales_of)?;
+        let steered = |part: &Batch| self.texts.steered_at(part, &members);
         self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add)
     }
 
@@ -523,8 +534,33 @@ impl Texts {
     /// Keys, values and weights as they are.
     fn untouched(&self, text: &Conditioning) -> Result<Steered> {
         let of_self = self.projections.self_attention().iter().map(|projection| widened(&projection.weights));
-        let base = self.projections.keys_values(&text.context, text.batch, text.tokens, &self.pool)?;
-        Ok(Steered { keys_values: base.into_base(), weights: of_self.collect::<Result<_>>()? })
+        Ok(Steered { keys_values: self.keys_values(text)?, weights: of_self.collect::<Result<_>>()? })
+    }
+
+    /// Keys and values as they are. Equal texts share a product.
+    fn keys_values(&self, text: &Conditioning) -> Result<Vec<Vec<f32>>> {
+        let Conditioning { batch, tokens, context, .. } = text;
+        let of = |context: &[f32], batch: usize| -> Result<Vec<Vec<f32>>> {
+            Ok(self.projections.keys_values(context, batch, *tokens, &self.pool)?.into_base())
+        };
+        let texts: Vec<&[f32]> = context.chunks((context.len() / batch.max(&1)).max(1)).collect();
+        let first_like = |at: usize| texts[..at].iter().position(|known| *known == texts[at]).unwrap_or(at);
+        let like: Vec<usize> = (0..texts.len()).map(first_like).collect();
+        let distinct: Vec<usize> = (0..texts.len()).filter(|&at| like[at] == at).collect();
+        if texts.len() != *batch || distinct.len() == texts.len() {
+            return of(context, *batch);
+        }
+        let mut contexts = Vec::new();
+        distinct.iter().try_for_each(|&at| extend(&mut contexts, texts[at].iter().copied()))?;
+        let shared_out = |values: Vec<f32>| {
+            let (size, mut all) = (values.len() / distinct.len(), Vec::new());
+            for first in &like {
+                let place = distinct.partition_point(|at| at < first);
+                extend(&mut all, values[place * size..][..size].iter().copied())?;
+            }
+            Ok(all)
+        };
+        of(&contexts, distinct.len())?.into_iter().map(shared_out).collect()
     }
 
     /// Keys, values and weights, with `scales` acting on these rows, those of self-attention on all.

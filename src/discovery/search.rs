@@ -222,9 +222,9 @@ impl Search {
             Memory::LearntMask { rate, penalty, scales, mean, square, total } => {
                 let step = batch as i32 + 1;
                 let corrections = (1.0 - BETAS.0.powi(step), 1.0 - BETAS.1.powi(step));
-                let each = scales.iter_mut().zip(mean).zip(square).zip(total).zip(&slope.scales);
-                for ((((scale, mean), square), total), &slope) in each {
-                    *total += f64::from(slope);
+                total.iter_mut().zip(&slope.scales).for_each(|(total, slope)| *total += f64::from(*slope));
+                let each = scales.iter_mut().zip(mean).zip(square).zip(&slope.scales);
+                for (((scale, mean), square), &slope) in each {
                     let slope = slope - *penalty;
                     *mean += (1.0 - BETAS.0) * (slope - *mean);
                     *square += (1.0 - BETAS.1) * (slope * slope - *square);
@@ -298,7 +298,7 @@ impl Search {
         if count <= allowed {
             return Ok(shut);
         }
-        let top = total.iter().fold(1e-30, |top: f64, value| top.max(value.abs()));
+        let top = top(total).max(1e-30);
         let each = shut.iter().zip(scales).zip(total).filter(|((shut, _), _)| **shut);
         // A shut weight ranks above 1/2 - 0.4.
         let ranks = collected(each.map(|((_, scale), total)| 1.0 - f64::from(*scale) + 0.4 * total / top))?;
@@ -348,7 +348,9 @@ pub(super) fn finite_slope(loss: Loss<'_>, scales: &[f32], batch: usize, place: 
         Status::NotFinite => error.at(place()),
         _ => error,
     })?;
-    if !slope.loss.is_finite() || slope.scales.iter().any(|value| !value.is_finite()) {
+    // Without a way out of the loop it takes many at a time.
+    let wrong = slope.scales.iter().fold(!slope.loss.is_finite(), |wrong, value| wrong | !value.is_finite());
+    if wrong {
         let what = format!("the loss is {} or its gradient is not finite", slope.loss);
         return Err(Error::new(Status::NotFinite, what).at(place()));
     }
@@ -367,17 +369,27 @@ fn close_stage(open: &mut [f32], mut scores: Vec<f64>, goal: usize) -> Result<Ve
 
 /// The `budget` largest scores above zero; of equal ones those of lower index.
 fn largest(scores: &[f64], budget: usize) -> Result<Vec<bool>> {
-    let mut order = collected((0..scores.len() as u32).filter(|&index| scores[index as usize] > 0.0))?;
-    let falling = |a: &u32, b: &u32| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b));
-    if budget < order.len() {
-        if budget > 0 {
-            order.select_nth_unstable_by(budget - 1, falling);
-        }
-        order.truncate(budget);
+    let count = |least: f64| scores.iter().map(|&score| usize::from(score > least)).sum::<usize>();
+    if budget == 0 || count(0.0) <= budget {
+        return collected(scores.iter().map(|&score| budget > 0 && score > 0.0));
     }
-    let mut chosen = filled(scores.len(), false)?;
-    order.into_iter().for_each(|index| chosen[index as usize] = true);
-    Ok(chosen)
+    let mut falling = copied(scores)?;
+    let (_, &mut least, _) = falling.select_nth_unstable_by(budget - 1, |a, b| b.total_cmp(a));
+    let mut ties = budget - count(least);
+    collected(scores.iter().map(|&score| {
+        let tie = score == least && ties > 0;
+        ties -= usize::from(tie);
+        tie || score > least
+    }))
+}
+
+/// The largest magnitude, eight numbers at a time.
+fn top(values: &[f64]) -> f64 {
+    let (groups, rest) = values.as_chunks::<8>();
+    let larger = |a: f64, b: f64| if b.abs() > a { b.abs() } else { a };
+    let mut tops = [0f64; 8];
+    groups.iter().for_each(|group| tops.iter_mut().zip(group).for_each(|(top, &value)| *top = larger(*top, value)));
+    tops.iter().chain(rest).fold(0.0, |top, &value| larger(top, value))
 }
 
 fn correlation(a: &[f64], b: &[f64]) -> f64 {
@@ -402,6 +414,18 @@ mod tests {
             let loss = parts.map(|((s, t), g)| f64::from(s * t - g).powi(2) / 2.0).sum();
             Ok(Slope { loss, scales })
         }
+    }
+
+    #[test]
+    fn the_largest_scores_are_chosen_and_of_equal_ones_the_first() {
+        let scores = [0.5, -9.0, 2.0, 0.5, 0.0, 3.0, 0.5];
+        for (budget, expected) in [(0, ""), (1, "5"), (2, "25"), (3, "025"), (4, "0235"), (5, "02356"), (9, "02356")] {
+            let chosen = largest(&scores, budget).unwrap();
+            let places: String = (0..7).filter(|&at| chosen[at]).map(|at| at.to_string()).collect();
+            assert_eq!(places, expected, "{budget}");
+        }
+        let many: Vec<f64> = (0..21).map(|at| f64::from(at) - 19.5).collect();
+        assert_eq!((top(&many), top(&many[17..]), top(&[])), (19.5, 2.5, 0.0));
     }
 
     const START: &[f32] = &[1.0, 2.0, -1.0];

@@ -70,7 +70,7 @@ impl<'a> Together<'a> {
         Self {
             companions,
             scenes: 128,
-            tune: TuneOptions { steps: 300, ..TuneOptions::default() },
+            tune: TuneOptions { steps: 300, rate: 0.3, ..TuneOptions::default() },
             batch: 8,
             lot: 0,
             seed: 0,

@@ -598,7 +598,7 @@ class macula_together_options(Struct):
         ("values", c_int32),
         ("reserved", c_uint32),
     ]
-    _defaults_ = {"rate": 0.1, "steps": 300, "scenes": 128, "batch": 8, "values": 3}
+    _defaults_ = {"rate": 0.3, "steps": 300, "scenes": 128, "batch": 8, "values": 3}
 
 
 class macula_memory_info(Struct):
