@@ -9,7 +9,7 @@ use macula::Status;
 use macula::onnx::attention::{self, Projection, Role, Rows, TEXT_INPUT};
 use macula::onnx::{DataType, Limits, Model, graph};
 use macula::progress::CancelToken;
-use macula::runtime::{Runtime, RuntimeOptions, SessionOptions, Tensor};
+use macula::runtime::{Runtime, RuntimeOptions, Session, SessionOptions, Tensor};
 
 /// The exporters that every topology goes through.
 const EXPORTERS: [&str; 11] = [
@@ -62,10 +62,13 @@ fn as_input(stored: &unets::Stored, expected: DataType) -> Tensor {
     .unwrap()
 }
 
-fn run(runtime: &Runtime, model: &Model, inputs: &[(String, Tensor)]) -> Vec<f32> {
+fn session(runtime: &Runtime, model: &Model) -> Session {
     let mut options = SessionOptions::default();
     options.intra_threads = 1;
-    let session = runtime.session(model, &options).unwrap();
+    runtime.session(model, &options).unwrap()
+}
+
+fn run(session: &Session, inputs: &[(String, Tensor)]) -> Vec<f32> {
     let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let outputs = session.run(&inputs, &["out_sample"], &CancelToken::new()).unwrap();
     outputs[0].as_slice::<f32>().unwrap().to_vec()
@@ -110,6 +113,7 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
     let left = fused.graph().node.iter().filter(|node| node.is("Softmax")).count();
     println!("{at}: {count} attentions fused");
     assert_eq!(left, 0, "{at}: attentions that are still written out");
+    let [exported, edited, fused, weighted] = [&model, &edited, &fused, &weighted].map(|model| session(runtime, model));
     let reference = unets::tensors(&folder.join("reference.safetensors"));
     assert!(reference.contains_key("0.out_sample"), "{at}: there is nothing to compare with");
     for case in (0..).take_while(|case| reference.contains_key(&format!("{case}.out_sample"))) {
@@ -118,7 +122,7 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
         let given = given
             .map(|info| (info.name().to_owned(), as_input(stored(info.name()), graph::element_type(info).unwrap())));
         let mut given: Vec<(String, Tensor)> = given.collect();
-        let untouched = run(runtime, &model, &given);
+        let untouched = run(&exported, &given);
         let error = relative(&untouched, &f32s(&stored("out_sample").data));
         assert!(error <= 1e-4, "{at}: case {case}: the export is {error:.1e} from torch");
 
@@ -132,10 +136,10 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
             let tensor = Tensor::from_vec(&[text.shape[0], text.shape[1], input.out_features], values).unwrap();
             given.push((input.name.clone(), tensor));
         }
-        let error = relative(&run(runtime, &edited, &given), &untouched);
+        let error = relative(&run(&edited, &given), &untouched);
         println!("{at}: case {case}: {error:.1e}");
         assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} from the untouched model");
-        let error = relative(&run(runtime, &fused, &given), &untouched);
+        let error = relative(&run(&fused, &given), &untouched);
         assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} with fused attention");
         let mut with_weights = given.clone();
         for (input, projection) in weights.iter().zip(&of_self) {
@@ -143,18 +147,18 @@ fn draws_the_same_with_keys_and_values_as_inputs(runtime: &Runtime, folder: &Pat
             let values = f32s(&projection.read_weight(&model).unwrap());
             with_weights.push((input.name.clone(), Tensor::from_vec(&input.shape, values).unwrap()));
         }
-        let error = relative(&run(runtime, &weighted, &with_weights), &untouched);
+        let error = relative(&run(&weighted, &with_weights), &untouched);
         assert!(error <= 1e-5, "{at}: case {case}: {error:.1e} with the weights of self-attention as inputs");
         if !weights.is_empty() {
             let last = with_weights.last_mut().unwrap();
             last.1 = Tensor::zeros(last.1.dtype(), last.1.shape()).unwrap();
-            assert!(relative(&run(runtime, &weighted, &with_weights), &untouched) > 1e-4, "{at}: a weight is not used");
+            assert!(relative(&run(&weighted, &with_weights), &untouched) > 1e-4, "{at}: a weight is not used");
         }
         // The inputs are used: other keys and values give another picture.
         let half = given.len() - 1;
         let zeros = Tensor::zeros(given[half].1.dtype(), given[half].1.shape()).unwrap();
         given[half].1 = zeros;
-        assert!(relative(&run(runtime, &edited, &given), &untouched) > 1e-4, "{at}: {} is not used", given[half].0);
+        assert!(relative(&run(&edited, &given), &untouched) > 1e-4, "{at}: {} is not used", given[half].0);
     }
 }
 
