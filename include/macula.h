@@ -3010,12 +3010,17 @@ typedef struct {
    * Must be 0. Default: `0`.
    */
   uint32_t reserved;
+  /**
+   * Timesteps of the schedule's T are drawn as T u^p with this p and u even in [0, 1): 1 spreads them evenly, less leans to
+   * high noise, where it is decided what stands where. Above 0, at most 1. Default: `0.5`.
+   */
+  double timestep_power;
 } macula_together_options;
 
 /**
  * The defaults: `macula_together_options x = MACULA_TOGETHER_OPTIONS_INIT;`
  */
-#define MACULA_TOGETHER_OPTIONS_INIT { sizeof(macula_together_options), NULL, 0, NULL, NULL, NULL, NULL, 0.3, 0, 0, 300, 128, 8, 0, 0, 0, MACULA_VALUES_FLOAT16, 0 }
+#define MACULA_TOGETHER_OPTIONS_INIT { sizeof(macula_together_options), NULL, 0, NULL, NULL, NULL, NULL, 0.3, 0, 0, 300, 128, 8, 0, 0, 0, MACULA_VALUES_FLOAT16, 0, 0.5 }
 
 
 /**

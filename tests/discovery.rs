@@ -557,7 +557,8 @@ fn a_search_is_cancelled_at_a_hundred_moments() {
     let (states, shape) = pipeline.encode_images(&pictures, &CancelToken::new()).unwrap();
     let prompts = vec!["a <s2> animal".to_owned(); 2];
     let (conditioning, _) = pipeline.condition(&prompts, SMALL, (32, 32), &CancelToken::new()).unwrap();
-    let examples = Examples { states, shape: [shape[1], shape[2], shape[3]], conditioning, rows: None };
+    let examples =
+        Examples { states, shape: [shape[1], shape[2], shape[3]], conditioning, rows: None, timestep_power: 1.0 };
     let term = Term { examples, objective: Objective::Untouched, anchors: None, weight: 1.0 };
     let other = Term { objective: Objective::Training, ..term.clone() };
     let discovery = Discovery::new(vec![other, term], pipeline.scheduler(None).unwrap()).unwrap();

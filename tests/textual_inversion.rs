@@ -312,7 +312,13 @@ fn held_out(pipeline: &mut Pipeline, name: &str, word: &str, concept: Option<App
                 ..conditioning.clone()
             };
             let state = states[at * 3072..(at + 1) * 3072].to_vec();
-            let examples = Examples { states: state, shape: [3, 32, 32], conditioning: own.clone(), rows: None };
+            let examples = Examples {
+                states: state,
+                shape: [3, 32, 32],
+                conditioning: own.clone(),
+                rows: None,
+                timestep_power: 1.0,
+            };
             let term = Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 };
             // One picture, at a timestep of its own share of the schedule.
             let discovery = Discovery::new(vec![term], schedule.clone()).unwrap();

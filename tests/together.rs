@@ -157,6 +157,8 @@ fn what_can_not_be_tuned_together_is_refused() {
     };
     refused(&|together| together.companions.truncate(1), "1 concepts");
     refused(&|together| together.scenes = 0, "0 scenes");
+    refused(&|together| together.timestep_power = 1.5, "power 1.5");
+    refused(&|together| together.timestep_power = f64::NAN, "power NaN");
     refused(&|together| (together.batch, together.lot) = (4, 3), "3 at a time");
     refused(&|together| together.tune.steps = 0, "0 steps");
     refused(&|together| together.companions[2].prompts = vec!["a <s3> vehicle".into()], "1 prompts for 2 pictures");

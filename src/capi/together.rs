@@ -84,6 +84,9 @@ pub struct macula_together_options {
     pub values: macula_values,
     /// Must be 0. Default: `0`.
     pub reserved: u32,
+    /// Timesteps of the schedule's T are drawn as T u^p with this p and u even in [0, 1): 1 spreads them evenly, less leans to
+    /// high noise, where it is decided what stands where. Above 0, at most 1. Default: `0.5`.
+    pub timestep_power: f64,
 }
 
 impl Default for macula_together_options {
@@ -107,6 +110,7 @@ impl Default for macula_together_options {
             class_label: 0,
             values: MACULA_VALUES_FLOAT16,
             reserved: 0,
+            timestep_power: 0.5,
         }
     }
 }
@@ -212,6 +216,7 @@ fn together<'a>(
     })?;
     let (steps, rate) = (options.steps as usize, options.rate as f32);
     together.tune = TuneOptions { steps, rate, precision, ..together.tune };
+    together.timestep_power = options.timestep_power;
     together.scenes = options.scenes as usize;
     together.batch = options.batch as usize;
     together.lot = options.lot as usize;

@@ -20,6 +20,9 @@ pub struct Examples {
     pub conditioning: Conditioning,
     /// Rows of each picture's text on which a set acts; `None` for all rows of all texts (the paper's global scope).
     pub rows: Option<Vec<Vec<ActingRow>>>,
+    /// Timesteps are drawn as `T u^p` with this `p` and a uniform `u`: 1 spreads them evenly, as Cones does; below, they lean to
+    /// high noise.
+    pub timestep_power: f64,
 }
 
 /// A row on which a set acts.
@@ -89,7 +92,13 @@ impl Examples {
             extend(&mut states, self.states[entry * elements..(entry + 1) * elements].iter().copied())?;
         }
         let rows = self.rows.as_ref().map(|rows| entries.iter().map(|&entry| rows[entry].clone()).collect());
-        Ok(Self { states, shape: self.shape, conditioning: pick(&self.conditioning, entries)?, rows })
+        Ok(Self {
+            states,
+            shape: self.shape,
+            conditioning: pick(&self.conditioning, entries)?,
+            rows,
+            timestep_power: self.timestep_power,
+        })
     }
 
     /// Fails unless sizes agree.
@@ -122,7 +131,7 @@ impl Examples {
     }
 
     /// Draws `batch` noisy states with a total weight of `weight`: pictures in random order, each as often as the others,
-    /// timesteps spread evenly over the schedule. Depends on nothing but seed, stream and number.
+    /// timesteps spread over the schedule as [`Examples::timestep_power`] says. Depends on nothing but seed, stream and number.
     pub(super) fn draw(
         &self,
         schedule: &SchedulerConfig,
@@ -138,7 +147,8 @@ impl Examples {
         let steps = schedule.training.len();
         let timesteps = places
             .iter()
-            .map(|&place| (((place as f64 + unit(&mut random)) / batch as f64 * steps as f64) as usize).min(steps - 1));
+            .map(|&place| ((place as f64 + unit(&mut random)) / batch as f64).powf(self.timestep_power))
+            .map(|share| ((share * steps as f64) as usize).min(steps - 1));
         let timesteps = collected(timesteps)?;
         let elements: usize = self.shape.iter().product();
         let mut drawn = Batch {
@@ -282,5 +292,26 @@ pub(super) fn shuffle(list: &mut [usize], random: &mut ChaCha12Rng) {
     for last in (1..list.len()).rev() {
         let chosen = ((u128::from(random.next_u64()) * (last as u128 + 1)) >> 64) as usize;
         list.swap(last, chosen);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timesteps_lean_to_high_noise_by_their_power() {
+        let conditioning = Conditioning { batch: 1, tokens: 1, context: vec![0.0], ..Conditioning::default() };
+        let schedule = SchedulerConfig::from_json(br#"{"_class_name": "DDIMScheduler"}"#, None).unwrap();
+        let steps = schedule.training.len() as i64;
+        for (timestep_power, below_half) in [(1.0, 0.5), (0.5, 0.25), (0.25, 0.0625)] {
+            let conditioning = conditioning.clone();
+            let examples = Examples { states: vec![0.5], shape: [1, 1, 1], conditioning, rows: None, timestep_power };
+            let timesteps = examples.draw(&schedule, 800, 1.0, 7, 0, 0).unwrap().timesteps;
+            assert!(timesteps.iter().all(|t| (0..steps).contains(t)));
+            let share = timesteps.iter().filter(|&&t| t < steps / 2).count() as f64 / 800.0;
+            // One in each of 800 equal parts: the share is as good as exact.
+            assert!((share - below_half).abs() <= 2.0 / 800.0, "{timestep_power}: {share}");
+        }
     }
 }

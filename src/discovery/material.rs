@@ -62,7 +62,7 @@ impl Request<'_> {
             };
             let (states, shape) = (encoded.latents.to_vec(), [channels, height, width]);
             let rows = rows.map(|rows| vec![acting(&rows, 0); count]);
-            let examples = Examples { states, shape, conditioning, rows };
+            let examples = Examples { states, shape, conditioning, rows, timestep_power: 1.0 };
             Term { examples, objective: Objective::Training, anchors: None, weight: 1.0 }
         };
         match (self.scope, subject.prompt) {
@@ -146,7 +146,7 @@ impl Request<'_> {
         let rows: Vec<Vec<usize>> = texts.iter().map(|text| rows_of(text, words)).collect();
         let local = self.scope == Scope::Local;
         let own = local.then(|| rows.iter().map(|rows| acting(rows, 0)).collect());
-        Ok((Examples { states, shape, conditioning, rows: own }, rows))
+        Ok((Examples { states, shape, conditioning, rows: own, timestep_power: 1.0 }, rows))
     }
 
     /// One state for each prompt as the model draws it, `[C, H, W]` each.

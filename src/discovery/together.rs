@@ -48,6 +48,8 @@ pub struct Together<'a> {
     pub batch: usize,
     /// States that are run at a time, a divisor of `batch`; 0 for a whole batch.
     pub lot: usize,
+    /// See [`Examples::timestep_power`]; above 0 and at most 1. What stands where is decided at high noise.
+    pub timestep_power: f64,
     /// Fixes scenes, order, timesteps and noises.
     pub seed: u64,
     /// Speed or memory, and how much of the forward pass the gradient keeps.
@@ -65,7 +67,7 @@ pub const MOST_SCENES: usize = 4096;
 const ALONE: usize = 4;
 
 impl<'a> Together<'a> {
-    /// 300 steps on 128 scenes in batches of 8.
+    /// 300 steps on 128 scenes in batches of 8, at timesteps `T √u`.
     pub fn new(companions: Vec<Companion<'a>>) -> Self {
         Self {
             companions,
@@ -73,6 +75,7 @@ impl<'a> Together<'a> {
             tune: TuneOptions { steps: 300, rate: 0.3, ..TuneOptions::default() },
             batch: 8,
             lot: 0,
+            timestep_power: 0.5,
             seed: 0,
             spending: Spending::default(),
             class_label: 0,
@@ -159,7 +162,8 @@ impl<'a> Together<'a> {
         pipeline.set_concepts(Vec::new())?;
         let rows = encoded.iter().zip(&members).map(|(text, members)| self.rows(text, members, &words));
         let rows = Some(rows.collect::<Result<_>>()?);
-        let examples = Examples { states, shape: [shape[1], shape[2], shape[3]], conditioning, rows };
+        let (shape, timestep_power) = ([shape[1], shape[2], shape[3]], self.timestep_power);
+        let examples = Examples { states, shape, conditioning, rows, timestep_power };
         examples.check("the scenes")?;
         let alone = examples.len() - self.scenes;
         let often = alone.max(self.scenes / (ALONE - 1));
@@ -235,6 +239,9 @@ impl<'a> Together<'a> {
             return refuse(format!("a batch of {} can't be run {} at a time", self.batch, self.lot));
         }
         self.tune.check()?;
+        if !(self.timestep_power > 0.0 && self.timestep_power <= 1.0) {
+            return refuse(format!("timesteps to the power {}, must be above 0 and at most 1", self.timestep_power));
+        }
         let Some(tokenizer) = pipeline.tokenizer() else {
             return refuse("the model takes no text".into());
         };

@@ -100,6 +100,9 @@ int main(int argc, char **argv) {
   options.rate = 0;
   REFUSED(macula_tune_together(pipeline, &options, tuned), MACULA_STATUS_INVALID_ARGUMENT, "rate 0");
   options.rate = 0.1;
+  options.timestep_power = 0;
+  REFUSED(macula_tune_together(pipeline, &options, tuned), MACULA_STATUS_INVALID_ARGUMENT, "power 0");
+  options.timestep_power = 0.5;
   options.reserved = 1;
   REFUSED(macula_tune_together(pipeline, &options, tuned), MACULA_STATUS_INVALID_ARGUMENT, "options.reserved");
   options.reserved = 0;

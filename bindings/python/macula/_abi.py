@@ -597,8 +597,9 @@ class macula_together_options(Struct):
         ("class_label", c_int32),
         ("values", c_int32),
         ("reserved", c_uint32),
+        ("timestep_power", c_double),
     ]
-    _defaults_ = {"rate": 0.3, "steps": 300, "scenes": 128, "batch": 8, "values": 3}
+    _defaults_ = {"rate": 0.3, "steps": 300, "scenes": 128, "batch": 8, "values": 3, "timestep_power": 0.5}
 
 
 class macula_memory_info(Struct):

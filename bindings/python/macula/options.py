@@ -111,6 +111,7 @@ class TogetherOptions(TypedDict, total=False):
     class_label: int
     checkpoint: StrPath
     values: _abi.Values | str
+    timestep_power: float
 
 
 def choice(kind: type[IntEnum], value: IntEnum | int | str) -> int:
