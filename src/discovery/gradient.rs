@@ -148,9 +148,6 @@ struct Names {
     cotangent: String,
 }
 
-/// Where at most one of so many scales is not one, keys and values are brought to them one by one.
-const FEW: usize = 16;
-
 const CONTEXT: &str = attention::TEXT_INPUT;
 const POOLED: &str = "text_embeds";
 
@@ -409,7 +406,8 @@ impl KeyValueGradient {
         }
         let changed: usize = scales.iter().map(|&scale| usize::from(scale != 1.0)).sum();
         let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| self.texts.add_slopes(part, answers, slopes);
-        if changed > scales.len() / FEW {
+        // One by one, or with all weights: what takes fewer steps.
+        if changed.saturating_mul(batch.rows.len()) > scales.len() {
             let steered = |part: &Batch| self.texts.steered(&part.conditioning, &part.rows, scales);
             return self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add);
         }
