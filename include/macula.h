@@ -787,7 +787,8 @@ typedef struct {
   uint32_t inter_op_threads;
   /**
    * Threads that wait for work during a run look for it before they sleep. 0: for 50 microseconds, most often enough for
-   * the next operator; 1: for milliseconds, at the cost of others that want the cores. Default: `0`.
+   * the next operator (not at all before ONNX Runtime 1.26); 1: for milliseconds, at the cost of others that want the
+   * cores. Default: `0`.
    */
   int32_t spinning;
   /**

@@ -7,7 +7,7 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 
-use macula::concept::Concept;
+use macula::concept::{Concept, Precision};
 use macula::diffusion::pipeline::{DrawOptions, Images, Pipeline};
 use macula::diffusion::unet::UnetOptions;
 use macula::discovery::search::Method;
@@ -49,7 +49,9 @@ fn find(pipeline: &mut Pipeline, pictures: &Images, checkpoint: &Path) -> Result
     }));
     (request.batches, request.batch, request.class_label) = (2, 1, SMALL);
     request.method = Method::Gradual { stages: 2 };
-    request.tune = Some(TuneOptions { steps: 1, ..TuneOptions::default() });
+    // Two steps: the second sees values among their levels.
+    let precision = Precision::Quaternary;
+    request.tune = Some(TuneOptions { steps: 2, precision, ..TuneOptions::default() });
     request.checkpoint = Some(checkpoint.into());
     Ok(request.find(pipeline, &mut Job::default())?.0)
 }

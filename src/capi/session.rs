@@ -107,7 +107,8 @@ pub struct macula_session_options {
     /// Threads that run operators side by side; 1 runs them in order. Default: `1`.
     pub inter_op_threads: u32,
     /// Threads that wait for work during a run look for it before they sleep. 0: for 50 microseconds, most often enough for
-    /// the next operator; 1: for milliseconds, at the cost of others that want the cores. Default: `0`.
+    /// the next operator (not at all before ONNX Runtime 1.26); 1: for milliseconds, at the cost of others that want the
+    /// cores. Default: `0`.
     pub spinning: i32,
     /// How far graphs are rewritten. Default: `MACULA_OPTIMIZATION_ALL`.
     pub optimization: macula_optimization,

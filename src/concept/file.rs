@@ -449,7 +449,7 @@ impl Concept {
         if let Some(values) = &self.values {
             values.check(&self.neurons)?;
             for (at, layer) in self.neurons.layers().iter().enumerate() {
-                let payload = values.encode(at);
+                let payload = values.encode(at)?;
                 let (dtype, bytes) = dtype_of(values.precision());
                 let name = format!("{}{VALUES_SUFFIX}", layer.path());
                 add(name, dtype, payload.len() / bytes as usize, &payload)?;

@@ -5,6 +5,7 @@ use half::f16;
 
 use super::set::NeuronSet;
 use crate::error::{Error, Result};
+use crate::memory::collected;
 
 /// How tuned values are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,15 +50,18 @@ impl Precision {
 
     /// Rounds the values of one projection: to the nearest number, or to the nearest of the levels of least squared error
     /// (Lloyd 1982).
-    pub(crate) fn round(self, values: &mut [f32]) {
+    ///
+    /// Errors: [`crate::Status::OutOfMemory`].
+    pub(crate) fn round(self, values: &mut [f32]) -> Result<()> {
         match self.code_bits() {
             Some(bits) => {
-                let levels = levels(values, 1 << bits);
+                let levels = levels(values, 1 << bits)?;
                 values.iter_mut().for_each(|value| *value = levels[nearest(&levels, *value)]);
             }
             None if self == Self::F16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
             None => {}
         }
+        Ok(())
     }
 }
 
@@ -77,7 +81,7 @@ impl Values {
     pub fn new(precision: Precision, neurons: &NeuronSet, layers: Vec<Vec<f32>>) -> Result<Self> {
         let mut rounded = Self { precision, layers };
         rounded.check(neurons)?;
-        rounded.layers.iter_mut().for_each(|values| precision.round(values));
+        rounded.layers.iter_mut().try_for_each(|values| precision.round(values))?;
         rounded.check(neurons)?;
         Ok(rounded)
     }
@@ -120,21 +124,23 @@ impl Values {
 
     /// The values of a projection as the bytes of a file: little-endian numbers; or the levels, ascending, as f32 and then
     /// a code a value, the first in the lowest bits.
-    pub(super) fn encode(&self, at: usize) -> Vec<u8> {
+    ///
+    /// Errors: `OutOfMemory`.
+    pub(super) fn encode(&self, at: usize) -> Result<Vec<u8>> {
         let values = self.layer(at);
         let Some(bits) = self.precision.code_bits() else {
             return match self.precision {
-                Precision::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
-                _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+                Precision::F16 => collected(values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes())),
+                _ => collected(values.iter().flat_map(|value| value.to_le_bytes())),
             };
         };
-        let levels = levels(values, 1 << bits);
+        let levels = levels(values, 1 << bits)?;
         let mut bytes: Vec<u8> = levels.iter().flat_map(|level| level.to_le_bytes()).collect();
         for group in values.chunks(8 / bits) {
             let codes = group.iter().enumerate();
             bytes.push(codes.fold(0, |byte, (place, value)| byte | (nearest(&levels, *value) << (place * bits)) as u8));
         }
-        bytes
+        Ok(bytes)
     }
 
     /// The values of a projection with `members` neurons, from what [`Values::encode`] gives.
@@ -182,14 +188,15 @@ fn used(bits: usize) -> u32 {
 
 /// The `count` levels of least squared error, ascending: Lloyd's iteration from the values' quantiles. Values that are
 /// already of so few levels are kept as they are.
-fn levels(values: &[f32], count: usize) -> Vec<f32> {
-    let mut sorted: Vec<f32> = values.iter().copied().filter(|value| value.is_finite()).collect();
-    sorted.sort_by(f32::total_cmp);
-    let mut distinct = sorted.clone();
-    distinct.dedup();
+///
+/// Errors: [`crate::Status::OutOfMemory`].
+fn levels(values: &[f32], count: usize) -> Result<Vec<f32>> {
+    let mut sorted = collected(values.iter().copied().filter(|value| value.is_finite()))?;
+    sorted.sort_unstable_by(f32::total_cmp);
+    let mut distinct: Vec<f32> = sorted.chunk_by(|a, b| a == b).map(|alike| alike[0]).take(count + 1).collect();
     if distinct.len() <= count {
         distinct.resize(count, distinct.last().copied().unwrap_or(0.0));
-        return distinct;
+        return Ok(distinct);
     }
     let quantile = |at: usize| sorted[(2 * at + 1) * sorted.len() / (2 * count)];
     let mut levels: Vec<f32> = (0..count).map(quantile).collect();
@@ -208,7 +215,7 @@ fn levels(values: &[f32], count: usize) -> Vec<f32> {
         }
         levels = next;
     }
-    levels
+    Ok(levels)
 }
 
 /// The place of the level that is nearest to a value; the lower of two.
@@ -243,7 +250,7 @@ mod tests {
                 let kept = Values::new(precision, &neurons, vec![values.clone(), others.clone()]).unwrap();
                 for at in [0, 1] {
                     let own = kept.layer(at);
-                    prop_assert_eq!(&Values::decode(precision, &kept.encode(at), own.len()).unwrap(), own);
+                    prop_assert_eq!(&Values::decode(precision, &kept.encode(at).unwrap(), own.len()).unwrap(), own);
                     let step = match precision {
                         Precision::F32 => 0.0,
                         Precision::F16 => 2e-3,
@@ -266,7 +273,7 @@ mod tests {
         let quaternary = Values::new(Precision::Quaternary, &neurons, vec![values.clone()]).unwrap();
         assert_eq!(quaternary.layer(0), [-1.0, -1.0, -1.0, 0.0, 0.0, 2.0, 5.1, 5.1]);
         // -1, 0, 2, 5.1 as f32; codes 0 0 0 1, 1 2 3 3, two bits each, the first lowest.
-        let bytes = quaternary.encode(0);
+        let bytes = quaternary.encode(0).unwrap();
         assert_eq!(bytes[16..], [0b01_00_00_00, 0b11_11_10_01]);
         let binary = Values::new(Precision::Binary, &neurons, vec![values]).unwrap();
         let (low, high) = (binary.layer(0)[0], binary.layer(0)[7]);
@@ -282,7 +289,7 @@ mod tests {
         }
         let error = Values::new(Precision::F16, &neurons, vec![vec![1e6, 0.0, 0.0]]).unwrap_err();
         assert!(error.message().contains("layer0") && error.message().contains("inf"), "{error}");
-        let good = Values::new(Precision::Quaternary, &neurons, vec![vec![1.0, 2.0, 3.0]]).unwrap().encode(0);
+        let good = Values::new(Precision::Quaternary, &neurons, vec![vec![1.0, 2.0, 3.0]]).unwrap().encode(0).unwrap();
         let mut beyond = good.clone();
         beyond[16] |= 0x40;
         let mut falling = good.clone();

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::memory::{collected, copied, extend, filled, zeroed};
 
 /// Pictures with their texts.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Examples {
     /// Clean states `[count, C, H, W]`: pictures in `[-1, 1]`, or scaled latents.
     pub states: Vec<f32>,
@@ -20,9 +20,17 @@ pub struct Examples {
     pub conditioning: Conditioning,
     /// Rows of each picture's text on which a set acts; `None` for all rows of all texts (the paper's global scope).
     pub rows: Option<Vec<Vec<ActingRow>>>,
-    /// Timesteps are drawn as `T u^p` with this `p` and a uniform `u`: 1 spreads them evenly, as Cones does; below, they lean to
-    /// high noise.
+    /// Timesteps are drawn as `T u^p` with this `p`, above 0 and at most 1, and a uniform `u`: 1 spreads them evenly, as Cones
+    /// does; below, they lean to high noise.
     pub timestep_power: f64,
+}
+
+/// Fails unless timesteps can be drawn by this power.
+pub(super) fn check_power(power: f64) -> Result<()> {
+    match power > 0.0 && power <= 1.0 {
+        true => Ok(()),
+        false => Err(Error::invalid_argument(format!("timesteps to the power {power}, must be above 0 and at most 1"))),
+    }
 }
 
 /// A row on which a set acts.
@@ -101,7 +109,7 @@ impl Examples {
         })
     }
 
-    /// Fails unless sizes agree.
+    /// Fails unless sizes agree and timesteps can be drawn.
     pub(super) fn check(&self, what: &str) -> Result<()> {
         let elements: usize = self.shape.iter().product();
         if self.is_empty() || elements == 0 || self.states.len() != self.len() * elements {
@@ -127,7 +135,7 @@ impl Examples {
         {
             return Err(Error::invalid_argument(format!("{what}: rows lie outside the {tokens} tokens of a text")));
         }
-        Ok(())
+        check_power(self.timestep_power).map_err(|error| error.at(what))
     }
 
     /// Draws `batch` noisy states with a total weight of `weight`: pictures in random order, each as often as the others,

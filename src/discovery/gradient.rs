@@ -1,28 +1,20 @@
 //! The loss of a batch and its gradient with respect to a scale on every key and value weight.
 //!
-//! For cross-attention, with `y = C (s ∘ W)ᵀ` the keys or values of texts `C`, and `ȳ` the gradient with respect to them, the
-//! gradient with respect to the scales is `W ∘ (ȳᵀ C)`. ONNX Runtime gives `ȳ`; the rest is done here, only for the rows on
-//! which the scales act. With respect to the texts it is the sum of `ȳ W` over all projections.
-//!
-//! For self-attention, whose keys and values only the graph knows, the weights `s ∘ W` are inputs: it gives the gradient with
-//! respect to them, and the scales' is that times `W`. They act on every row.
+//! The graph is given keys and values of texts, and weights of self-attention, and gives the gradient with respect to them;
+//! what lies between these and the scales is in [`super::scaled`].
 
 use std::path::Path;
 use std::sync::Arc;
 
-use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView2, ArrayViewMut2};
-use rayon::ThreadPool;
-use rayon::prelude::*;
-
-use super::draw::{ActingRow, Batch};
+use super::draw::Batch;
+use super::scaled::{ScaledWeights, Steered, widened};
 use super::search::Slope;
-use crate::concept::{ProjectionWeights, Projections, Weights};
+use crate::concept::{ProjectionWeights, Projections};
 use crate::diffusion::pipeline::UnetSource;
 use crate::diffusion::precision;
 use crate::diffusion::unet::{Conditioning, UnetOptions};
 use crate::error::{Error, Result, Status};
-use crate::memory::{GRAPH, PANELS, collected, copied, extend, room, threads, zeroed};
+use crate::memory::{GRAPH, collected, room, threads, zeroed};
 use crate::onnx::attention::{self, KeyValueInput, Role, WeightInput};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts, Spending};
@@ -116,7 +108,7 @@ struct Input {
 /// A UNet with the gradient of a loss on its prediction, for states of one shape.
 pub struct KeyValueGradient {
     session: Session,
-    texts: Texts,
+    scaled: ScaledWeights,
     /// What the session takes.
     inputs: Vec<Input>,
     names: Names,
@@ -126,16 +118,6 @@ pub struct KeyValueGradient {
     of_texts: Option<(Vec<String>, Option<String>)>,
     lot: usize,
     activations: u64,
-}
-
-/// From texts to keys and values, and from their gradients to the scales'.
-struct Texts {
-    projections: Arc<Projections>,
-    /// Which of [`Projections::all`] are searched, ascending.
-    searched: Vec<usize>,
-    /// `W` of each searched projection as f32, `[out, in]`.
-    weights: Vec<Vec<f32>>,
-    pool: ThreadPool,
 }
 
 /// How the graph's inputs are called.
@@ -250,15 +232,15 @@ impl KeyValueGradient {
             0 => example.timesteps.len(),
             lot => lot.min(example.timesteps.len()),
         };
-        let texts = Texts { projections, searched, weights, pool };
+        let scaled = ScaledWeights { projections, searched, weights, pool };
         let mut names = Names { keys_values, weight_inputs, loss, cotangent: String::new() };
 
         let first = example.part(0, lot)?;
-        let steered = texts.untouched(&first.conditioning)?;
+        let steered = scaled.untouched(&first.conditioning)?;
         let inputs = inputs_of(&model)?;
         let given = names.tensors(&inputs, &first, shape, &steered)?;
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
-        let of_searched: Vec<&str> = texts.searched.iter().map(|&at| names.input_of(at)).collect();
+        let of_searched: Vec<&str> = scaled.searched.iter().map(|&at| names.input_of(at)).collect();
         let all: Vec<&str> = names.keys_values.iter().map(|input| input.name.as_str()).collect();
         let pooled = inputs.iter().any(|input| input.name == POOLED).then_some(POOLED);
         let mut wrt = of_searched.clone();
@@ -294,27 +276,27 @@ impl KeyValueGradient {
         let taken = |input: &Input| session.input(&input.name).is_ok();
         let inputs = inputs_of(&gradient.model)?.into_iter().filter(taken).collect();
         let activations = gradient.activations;
-        Ok(Self { session, texts, inputs, names, gradients, of_texts, lot, activations })
+        Ok(Self { session, scaled, inputs, names, gradients, of_texts, lot, activations })
     }
 
     /// The base's projections.
     pub fn projections(&self) -> &Arc<Projections> {
-        &self.texts.projections
+        &self.scaled.projections
     }
 
     /// Those whose weights the scales act on, in the order of the scales.
     pub fn searched(&self) -> impl Iterator<Item = &ProjectionWeights> {
-        self.texts.searched()
+        self.scaled.searched()
     }
 
     /// The untouched weights of each searched projection, `[out, in]`, in the order of the scales.
     pub(super) fn weights(&self) -> impl Iterator<Item = &[f32]> {
-        self.texts.weights.iter().map(Vec::as_slice)
+        self.scaled.weights.iter().map(Vec::as_slice)
     }
 
     /// The number of scales: of all searched projections in their order, `[out, in]` each.
     pub fn len(&self) -> usize {
-        self.texts.len()
+        self.scaled.len()
     }
 
     /// Never: a base has at least one weight.
@@ -361,7 +343,7 @@ impl KeyValueGradient {
             )));
         }
         let tokens = batch.conditioning.tokens;
-        let projections = self.texts.projections.as_slice();
+        let projections = self.scaled.projections.as_slice();
         // Equal texts share a product: what their states say is added up before it.
         let widths = projections.iter().map(|projection| projection.out_features);
         let mut sums = widths.map(|width| zeroed::<f32>(count * tokens * width)).collect::<Result<Vec<_>>>()?;
@@ -371,7 +353,7 @@ impl KeyValueGradient {
         for from in (0..states).step_by(self.lot) {
             cancel.check()?;
             let part = batch.part(from, from + self.lot)?;
-            let steered = self.texts.untouched(&part.conditioning)?;
+            let steered = self.scaled.untouched(&part.conditioning)?;
             let given = self.names.tensors(&self.inputs, &part, shape, &steered)?;
             let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (*name, tensor)).collect();
             let losses = &self.names.loss.of_samples;
@@ -388,13 +370,13 @@ impl KeyValueGradient {
                 add_by_text(pooled, &answers[projections.len()], of_part, POOLED)?;
             }
         }
-        Ok(TextSlope { loss, context: self.texts.through_weights(&sums, count * tokens)?, pooled })
+        Ok(TextSlope { loss, context: self.scaled.through_weights(&sums, count * tokens)?, pooled })
     }
 
     /// The weighted loss of a batch at `scales [N]` and its slope. All rows of the batch are of one set; it is a multiple of
     /// [`KeyValueGradient::lot`].
     ///
-    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit; [`Status::NotFinite`] for a gradient that is not finite,
+    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit or a row that is named twice; [`Status::NotFinite`] for a gradient that is not finite,
     /// naming the projection; [`Status::Cancelled`]; what the session gives.
     pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
         if scales.len() != self.len() || batch.rows.iter().any(|row| row.set != 0) {
@@ -405,24 +387,24 @@ impl KeyValueGradient {
             )));
         }
         let changed: usize = scales.iter().map(|&scale| usize::from(scale != 1.0)).sum();
-        let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| self.texts.add_slopes(part, answers, slopes);
+        let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| self.scaled.add_slopes(part, answers, slopes);
         // One by one, or with all weights: what takes fewer steps.
-        if changed.saturating_mul(batch.rows.len()) > scales.len() {
-            let steered = |part: &Batch| self.texts.steered(&part.conditioning, &part.rows, scales);
+        if changed.saturating_mul(batch.rows.len().max(1)) >= scales.len() {
+            let steered = |part: &Batch| self.scaled.steered(part, scales);
             return self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add);
         }
         let places = collected((0..scales.len()).filter(|&at| scales[at] != 1.0))?;
         let scales_of = collected(places.iter().map(|&at| scales[at]))?;
-        let members = self.texts.by_projection(&places, &scales_of)?;
-        let steered = |part: &Batch| self.texts.steered_at(part, &members);
+        let members = self.scaled.by_projection(&places, &scales_of)?;
+        let steered = |part: &Batch| self.scaled.steered_at(part, &members);
         self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add)
     }
 
     /// As [`KeyValueGradient::slope`], at scales of a few `members`, with one for all others, and for several sets, each with rows
     /// of its own in the batch: set `s` has the places from `s N`. The slope is that of the members' scales.
     ///
-    /// Errors: as there; [`Status::InvalidArgument`] for members that do not ascend, a row of two sets, or several sets with
-    /// weights of self-attention.
+    /// Errors: as there; [`Status::InvalidArgument`] for members that do not ascend, or several sets with weights of
+    /// self-attention.
     pub fn slope_of(
         &self,
         batch: &Batch,
@@ -435,20 +417,15 @@ impl KeyValueGradient {
         if members.len() != scales.len() || !members.is_sorted_by(|a, b| a < b) || self.is_empty() {
             return refuse("there must be a scale for each member, and the members must ascend");
         }
-        let mut rows = collected(batch.rows.iter().map(|acting| acting.row))?;
-        rows.sort_unstable();
-        if rows.windows(2).any(|pair| pair[0] == pair[1]) {
-            return refuse("two sets act on one row of a text: each must have rows of its own");
-        }
         let several =
             members.last().is_some_and(|&last| last >= self.len()) || batch.rows.iter().any(|row| row.set > 0);
-        if several && self.texts.searches_self_attention() {
+        if several && self.scaled.searches_self_attention() {
             return refuse("weights of self-attention act everywhere: there can be one set only");
         }
-        let members = self.texts.by_projection(members, scales)?;
-        let steered = |part: &Batch| self.texts.steered_at(part, &members);
+        let members = self.scaled.by_projection(members, scales)?;
+        let steered = |part: &Batch| self.scaled.steered_at(part, &members);
         let add = |part: &Batch, answers: &[Tensor], slopes: &mut [f32]| {
-            self.texts.add_slopes_of(&members, part, answers, slopes)
+            self.scaled.add_slopes_of(&members, part, answers, slopes)
         };
         self.sum_of_lots(batch, shape, scales.len(), cancel, steered, add)
     }
@@ -467,6 +444,12 @@ impl KeyValueGradient {
         if states == 0 || !states.is_multiple_of(self.lot) {
             return Err(Error::invalid_argument(format!("{states} states, expected a multiple of {}", self.lot)));
         }
+        let mut rows = collected(batch.rows.iter().map(|acting| acting.row))?;
+        rows.sort_unstable();
+        if rows.windows(2).any(|pair| pair[0] == pair[1]) {
+            let what = "a row of a text is named twice: each set must have rows of its own, each once";
+            return Err(Error::invalid_argument(what));
+        }
         let mut slope = Slope { loss: 0.0, scales: zeroed(count)? };
         for from in (0..states).step_by(self.lot) {
             cancel.check()?;
@@ -481,294 +464,6 @@ impl KeyValueGradient {
             add(&part, &answers, &mut slope.scales)?;
         }
         Ok(slope)
-    }
-}
-
-/// Members of a set in one searched projection.
-struct MembersOf<'a> {
-    set: usize,
-    /// Which of [`Texts::searched`] it is.
-    projection: usize,
-    /// The place of its first scale.
-    from: usize,
-    /// Their places, ascending, and their scales.
-    places: &'a [usize],
-    scales: &'a [f32],
-}
-
-/// What the graph is given by scaled weights.
-struct Steered {
-    /// `[B, tokens, out]` of each projection of cross-attention.
-    keys_values: Vec<Vec<f32>>,
-    /// `[out, in]` of each projection of self-attention.
-    weights: Vec<Vec<f32>>,
-}
-
-impl Texts {
-    fn searched(&self) -> impl Iterator<Item = &ProjectionWeights> {
-        self.searched.iter().map(|&at| self.projection(at))
-    }
-
-    /// One of [`Projections::all`].
-    fn projection(&self, at: usize) -> &ProjectionWeights {
-        let cross = self.projections.as_slice();
-        cross.get(at).unwrap_or_else(|| &self.projections.self_attention()[at - cross.len()])
-    }
-
-    fn searches_self_attention(&self) -> bool {
-        self.searched.iter().any(|&at| at >= self.projections.as_slice().len())
-    }
-
-    /// The number of scales of a set.
-    fn len(&self) -> usize {
-        self.weights.iter().map(Vec::len).sum()
-    }
-
-    /// Which of self-attention's projections a searched one is, if any.
-    fn of_self(&self, searched: usize) -> Option<usize> {
-        self.searched[searched].checked_sub(self.projections.as_slice().len())
-    }
-
-    /// Keys, values and weights as they are.
-    fn untouched(&self, text: &Conditioning) -> Result<Steered> {
-        let of_self = self.projections.self_attention().iter().map(|projection| widened(&projection.weights));
-        Ok(Steered { keys_values: self.keys_values(text)?, weights: of_self.collect::<Result<_>>()? })
-    }
-
-    /// Keys and values as they are. Equal texts share a product.
-    fn keys_values(&self, text: &Conditioning) -> Result<Vec<Vec<f32>>> {
-        let Conditioning { batch, tokens, context, .. } = text;
-        let of = |context: &[f32], batch: usize| -> Result<Vec<Vec<f32>>> {
-            Ok(self.projections.keys_values(context, batch, *tokens, &self.pool)?.into_base())
-        };
-        let texts: Vec<&[f32]> = context.chunks((context.len() / batch.max(&1)).max(1)).collect();
-        let first_like = |at: usize| texts[..at].iter().position(|known| *known == texts[at]).unwrap_or(at);
-        let like: Vec<usize> = (0..texts.len()).map(first_like).collect();
-        let distinct: Vec<usize> = (0..texts.len()).filter(|&at| like[at] == at).collect();
-        if texts.len() != *batch || distinct.len() == texts.len() {
-            return of(context, *batch);
-        }
-        let mut contexts = Vec::new();
-        distinct.iter().try_for_each(|&at| extend(&mut contexts, texts[at].iter().copied()))?;
-        let shared_out = |values: Vec<f32>| {
-            let (size, mut all) = (values.len() / distinct.len(), Vec::new());
-            for first in &like {
-                let place = distinct.partition_point(|at| at < first);
-                extend(&mut all, values[place * size..][..size].iter().copied())?;
-            }
-            Ok(all)
-        };
-        of(&contexts, distinct.len())?.into_iter().map(shared_out).collect()
-    }
-
-    /// Keys, values and weights, with `scales` acting on these rows, those of self-attention on all.
-    fn steered(&self, text: &Conditioning, rows: &[ActingRow], scales: &[f32]) -> Result<Steered> {
-        let mut steered = self.untouched(text)?;
-        let mut rest = scales;
-        for (searched, own) in self.weights.iter().enumerate() {
-            let (scales, others) = rest.split_at(own.len());
-            if let Some(at) = self.of_self(searched) {
-                steered.weights[at].iter_mut().zip(scales).for_each(|(weight, scale)| *weight *= scale);
-            }
-            rest = others;
-        }
-        self.steer(&mut steered.keys_values, text, &rows_of(rows, 0)?, scales)?;
-        Ok(steered)
-    }
-
-    /// Keys, values and weights with scales of these members only, each on the rows of its set.
-    fn steered_at(&self, part: &Batch, members: &[MembersOf<'_>]) -> Result<Steered> {
-        let mut steered = self.untouched(&part.conditioning)?;
-        let (features, context) = (self.projections.in_features(), &part.conditioning.context);
-        for MembersOf { set, projection, from, places, scales } in members {
-            let weights = &self.weights[*projection];
-            if let Some(at) = self.of_self(*projection) {
-                let own = &mut steered.weights[at];
-                places.iter().zip(*scales).for_each(|(place, scale)| own[place - from] *= scale);
-                continue;
-            }
-            let (out, rows) = (weights.len() / features, rows_of(&part.rows, *set)?);
-            let values = &mut steered.keys_values[self.searched[*projection]];
-            for (place, scale) in places.iter().zip(*scales) {
-                let (column, feature) = ((place - from) / features, (place - from) % features);
-                let change = weights[place - from] * (scale - 1.0);
-                rows.iter().for_each(|row| values[row * out + column] += context[row * features + feature] * change);
-            }
-        }
-        Ok(steered)
-    }
-
-    /// Shares out members of sets, in the order of their places.
-    fn by_projection<'a>(&self, mut places: &'a [usize], mut scales: &'a [f32]) -> Result<Vec<MembersOf<'a>>> {
-        let (mut shares, mut from, mut set) = (Vec::new(), 0, 0);
-        while !places.is_empty() {
-            for (projection, weights) in self.weights.iter().enumerate() {
-                let own = places.partition_point(|&place| place < from + weights.len());
-                let ((places_of, others), (scales_of, scales_left)) = (places.split_at(own), scales.split_at(own));
-                if own > 0 {
-                    let share = MembersOf { set, projection, from, places: places_of, scales: scales_of };
-                    extend(&mut shares, [share])?;
-                }
-                (places, scales, from) = (others, scales_left, from + weights.len());
-            }
-            set += 1;
-        }
-        Ok(shares)
-    }
-
-    /// Brings the keys and values of some rows to `scales`.
-    fn steer(&self, values: &mut [Vec<f32>], text: &Conditioning, rows: &[usize], scales: &[f32]) -> Result<()> {
-        if rows.is_empty() || scales.iter().all(|&scale| scale == 1.0) {
-            return Ok(());
-        }
-        let features = self.projections.in_features();
-        let mut touched = zeroed::<f32>(rows.len() * features)?;
-        for (row, target) in rows.iter().zip(touched.chunks_exact_mut(features)) {
-            target.copy_from_slice(&text.context[row * features..(row + 1) * features]);
-        }
-        let mut rest = scales;
-        let mut scaled = Vec::with_capacity(self.weights.len());
-        let mut targets: Vec<Option<&mut Vec<f32>>> = values.iter_mut().map(Some).collect();
-        for (weights, &at) in self.weights.iter().zip(&self.searched) {
-            let (own, others) = rest.split_at(weights.len());
-            let target = targets.get_mut(at).and_then(Option::take);
-            scaled.extend(target.map(|values| (at, weights, own, values)));
-            rest = others;
-        }
-        self.pool.install(|| {
-            scaled.into_par_iter().try_for_each(|(at, weights, scales, values)| {
-                let projection = &self.projections.as_slice()[at];
-                let out = projection.out_features;
-                let scaled = collected(weights.iter().zip(scales).map(|(weight, scale)| weight * scale))?;
-                let mut product = zeroed::<f32>(rows.len() * out)?;
-                multiply(&touched, [rows.len(), features], &scaled, [out, features], &mut product)?;
-                for (row, product) in rows.iter().zip(product.chunks_exact(out)) {
-                    let target = &mut values[row * out..(row + 1) * out];
-                    match &projection.bias {
-                        Some(bias) => {
-                            target.iter_mut().zip(product).zip(bias).for_each(|((to, a), b)| *to = a + b);
-                        }
-                        None => target.copy_from_slice(product),
-                    }
-                }
-                Ok::<(), Error>(())
-            })
-        })
-    }
-
-    /// Σ `ȳ W` over all projections, `[rows, features]`.
-    fn through_weights(&self, cotangents: &[Vec<f32>], rows: usize) -> Result<Vec<f32>> {
-        let features = self.projections.in_features();
-        let products = self.pool.install(|| {
-            let each = self.projections.as_slice().par_iter().zip(cotangents).map(|(projection, cotangents)| {
-                let (out, weights) = (projection.out_features, widened(&projection.weights)?);
-                let mut product = zeroed::<f32>(rows * features)?;
-                product_of(
-                    ArrayView2::from_shape([rows, out], cotangents).map_err(unfit)?,
-                    ArrayView2::from_shape([out, features], &weights).map_err(unfit)?,
-                    &mut product,
-                )?;
-                Ok(product)
-            });
-            each.collect::<Result<Vec<_>>>()
-        })?;
-        // In the order of the projections, so that the sum does not depend on threads.
-        let mut sum = zeroed::<f32>(rows * features)?;
-        for product in &products {
-            sum.iter_mut().zip(product).for_each(|(sum, value)| *sum += value);
-        }
-        Ok(sum)
-    }
-
-    /// The gradients of each searched projection.
-    ///
-    /// Errors: [`Status::NotFinite`], naming the projection.
-    fn cotangents<'t>(&self, answers: &'t [Tensor]) -> Result<Vec<&'t [f32]>> {
-        let finite = |(answer, projection): (&'t Tensor, &ProjectionWeights)| {
-            let cotangents = answer.as_slice::<f32>()?;
-            if cotangents.iter().any(|value| !value.is_finite()) {
-                let what = format!("the gradient of {} is not finite", projection.path);
-                return Err(Error::new(Status::NotFinite, what));
-            }
-            Ok(cotangents)
-        };
-        answers.iter().zip(self.searched()).map(finite).collect()
-    }
-
-    /// Adds to the slope of each member's scale what [`Texts::add_slopes`] would.
-    fn add_slopes_of(
-        &self,
-        members: &[MembersOf<'_>],
-        part: &Batch,
-        answers: &[Tensor],
-        slopes: &mut [f32],
-    ) -> Result<()> {
-        let (features, context) = (self.projections.in_features(), &part.conditioning.context);
-        let cotangents = self.cotangents(answers)?;
-        let mut rest = slopes;
-        for MembersOf { set, projection, from, places, .. } in members {
-            let (slopes, others) = rest.split_at_mut(places.len());
-            rest = others;
-            let (weights, cotangents) = (&self.weights[*projection], cotangents[*projection]);
-            let mut add = |slope_of: &dyn Fn(usize) -> f32| {
-                let each = slopes.iter_mut().zip(*places);
-                each.for_each(|(slope, place)| *slope += weights[place - from] * slope_of(place - from));
-            };
-            if self.of_self(*projection).is_some() {
-                add(&|at| cotangents[at]);
-                continue;
-            }
-            let (out, rows) = (weights.len() / features, rows_of(&part.rows, *set)?);
-            add(&|at| {
-                let (column, feature) = (at / features, at % features);
-                rows.iter().map(|row| cotangents[row * out + column] * context[row * features + feature]).sum()
-            });
-        }
-        Ok(())
-    }
-
-    /// Adds to the slope of each scale `W ∘ (ȳᵀ C)` of the rows on which it acts, or of self-attention `W` times its gradient.
-    fn add_slopes(&self, part: &Batch, answers: &[Tensor], slopes: &mut [f32]) -> Result<()> {
-        let cotangents = self.cotangents(answers)?;
-        let rows = rows_of(&part.rows, 0)?;
-        let features = self.projections.in_features();
-        let context = &part.conditioning.context;
-        let mut turned = zeroed::<f32>(rows.len() * features)?;
-        for (at, row) in rows.iter().enumerate() {
-            for (feature, value) in context[row * features..(row + 1) * features].iter().enumerate() {
-                turned[feature * rows.len() + at] = *value;
-            }
-        }
-        let mut rest = slopes;
-        let mut targets = Vec::with_capacity(self.weights.len());
-        for weights in &self.weights {
-            let (own, others) = rest.split_at_mut(weights.len());
-            targets.push(own);
-            rest = others;
-        }
-        self.pool.install(|| {
-            targets.into_par_iter().enumerate().try_for_each(|(at, slopes)| {
-                let (weights, cotangents) = (&self.weights[at], cotangents[at]);
-                let out = weights.len() / features;
-                if self.of_self(at).is_some() {
-                    slopes.iter_mut().zip(cotangents).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
-                    return Ok(());
-                }
-                if rows.is_empty() {
-                    return Ok(());
-                }
-                let mut of_rows = zeroed::<f32>(out * rows.len())?;
-                for (at, row) in rows.iter().enumerate() {
-                    for (column, value) in cotangents[row * out..(row + 1) * out].iter().enumerate() {
-                        of_rows[column * rows.len() + at] = *value;
-                    }
-                }
-                let mut product = zeroed::<f32>(out * features)?;
-                multiply(&of_rows, [out, rows.len()], &turned, [features, rows.len()], &mut product)?;
-                slopes.iter_mut().zip(product).zip(weights).for_each(|((slope, g), w)| *slope += g * w);
-                Ok(())
-            })
-        })
     }
 }
 
@@ -854,19 +549,6 @@ fn integers(dtype: ElementType, shape: &[usize], values: &[i64]) -> Result<Tenso
     }
 }
 
-/// The rows on which a set acts.
-fn rows_of(rows: &[ActingRow], set: usize) -> Result<Vec<usize>> {
-    collected(rows.iter().filter(|acting| acting.set == set).map(|acting| acting.row))
-}
-
-fn widened(weights: &Weights) -> Result<Vec<f32>> {
-    match weights {
-        Weights::F32(weights) => copied(weights),
-        Weights::F16(weights) => collected(weights.iter().map(|weight| weight.to_f32())),
-        Weights::Bf16(weights) => collected(weights.iter().map(|weight| weight.to_f32())),
-    }
-}
-
 /// Adds what a run says of each state to the text that the state is conditioned on.
 fn add_by_text(sums: &mut [f32], answer: &Tensor, texts: &[Option<usize>], path: &str) -> Result<()> {
     let cotangents = answer.as_slice::<f32>()?;
@@ -881,23 +563,4 @@ fn add_by_text(sums: &mut [f32], answer: &Tensor, texts: &[Option<usize>], path:
         }
     }
     Ok(())
-}
-
-/// `to [m, n] = a [m, k] bᵀ` with `b [n, k]`.
-fn multiply(a: &[f32], a_shape: [usize; 2], b: &[f32], b_shape: [usize; 2], to: &mut [f32]) -> Result<()> {
-    let a = ArrayView2::from_shape(a_shape, a).map_err(unfit)?;
-    let b = ArrayView2::from_shape(b_shape, b).map_err(unfit)?;
-    product_of(a, b.reversed_axes(), to)
-}
-
-/// `to [m, n] = a [m, k] b [k, n]`.
-fn product_of(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, to: &mut [f32]) -> Result<()> {
-    let mut to = ArrayViewMut2::from_shape([a.nrows(), b.ncols()], to).map_err(unfit)?;
-    room(PANELS)?;
-    general_mat_mul(1.0, &a, &b, 0.0, &mut to);
-    Ok(())
-}
-
-fn unfit(error: ndarray::ShapeError) -> Error {
-    Error::invalid_argument("a size does not fit its numbers").caused_by(error)
 }

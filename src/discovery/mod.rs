@@ -19,6 +19,7 @@ mod invert;
 mod job;
 mod material;
 mod request;
+mod scaled;
 mod scenes;
 pub mod search;
 mod together;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use sha2::{Digest, Sha256};
 
 use super::checkpoint;
-use super::draw::{ActingRow, Batch, Examples};
+use super::draw::{ActingRow, Batch, Examples, check_power};
 use super::gradient::{GradientOptions, KeyValueGradient};
 use super::job::{keep, members, tell, tuned_values};
 use super::material::{acting, rows_of, words};
@@ -48,7 +48,7 @@ pub struct Together<'a> {
     pub batch: usize,
     /// States that are run at a time, a divisor of `batch`; 0 for a whole batch.
     pub lot: usize,
-    /// See [`Examples::timestep_power`]; above 0 and at most 1. What stands where is decided at high noise.
+    /// See [`Examples::timestep_power`]. What stands where is decided at high noise.
     pub timestep_power: f64,
     /// Fixes scenes, order, timesteps and noises.
     pub seed: u64,
@@ -239,9 +239,7 @@ impl<'a> Together<'a> {
             return refuse(format!("a batch of {} can't be run {} at a time", self.batch, self.lot));
         }
         self.tune.check()?;
-        if !(self.timestep_power > 0.0 && self.timestep_power <= 1.0) {
-            return refuse(format!("timesteps to the power {}, must be above 0 and at most 1", self.timestep_power));
-        }
+        check_power(self.timestep_power)?;
         let Some(tokenizer) = pipeline.tokenizer() else {
             return refuse("the model takes no text".into());
         };

@@ -8,7 +8,7 @@
 use super::descent::{Descent, Pace};
 use super::search::{Loss, finite_slope};
 use crate::concept::Precision;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::memory::collected;
 
 /// How a set's values are learnt.
@@ -117,11 +117,7 @@ impl Tuning {
     ///
     /// Errors: [`crate::Status::OutOfMemory`].
     pub fn values(&self) -> Result<Vec<f32>> {
-        collected(self.own_values())
-    }
-
-    fn own_values(&self) -> impl Iterator<Item = f32> {
-        self.descent.values().iter().zip(&self.units).map(|(value, unit)| value * unit)
+        collected(self.descent.values().iter().zip(&self.units).map(|(value, unit)| value * unit))
     }
 
     /// Where the loss of the next step is wanted.
@@ -136,10 +132,15 @@ impl Tuning {
     fn seen(&self) -> Result<Vec<f32>> {
         let mut values = self.values()?;
         if self.options.precision.is_coarse() && 2 * self.losses().len() >= self.options.steps {
+            if values.iter().any(|value| !value.is_finite()) {
+                // Levels are made of finite values, and would hide it.
+                let what = format!("a value is not finite before step {} of the tuning", self.losses().len());
+                return Err(Error::new(Status::NotFinite, what));
+            }
             let mut rest = values.as_mut_slice();
             for &part in &self.parts {
                 let (own, others) = rest.split_at_mut(part);
-                self.options.precision.round(own);
+                self.options.precision.round(own)?;
                 rest = others;
             }
         }
@@ -156,7 +157,6 @@ impl Tuning {
 mod tests {
     use super::super::search::Slope;
     use super::*;
-    use crate::error::Status;
 
     const WEIGHTS: [f32; 3] = [2.0, -0.5, 0.25];
     const GOAL: [f32; 3] = [0.75, 0.5, -1.5];
@@ -211,6 +211,13 @@ mod tests {
         // Levels of -1.5 and of the mean of 0.75 and 0.5: straight through, both of these values still go to their own goals.
         let last = quadratic(&tuned.scales().unwrap(), 0).unwrap().loss;
         assert!((last - 0.125f64.powi(2)).abs() < 1e-3, "{last}");
+        // Levels are those of a projection: where each has at most two values, all are as they were.
+        let options = TuneOptions { steps: 2, ..options };
+        let (weights, units) = (WEIGHTS.to_vec(), vec![0.5; 3]);
+        let members = Members { weights, units, values: vec![0.75, 0.5, -1.5], parts: vec![2, 0, 1] };
+        let mut tuned = Tuning::new(members, options).unwrap();
+        tuned.step(&mut quadratic).unwrap();
+        assert_eq!(tuned.seen().unwrap(), tuned.values().unwrap());
     }
 
     #[test]
