@@ -174,6 +174,7 @@ impl<'g> Given<'g> {
             graph: graph.clone(),
             cotangents: RefCell::new(HashMap::from([(output.to_owned(), seed.clone())])),
             copies: RefCell::default(),
+            centred: RefCell::default(),
             parts: RefCell::default(),
         };
         let mut marks = Vec::new();

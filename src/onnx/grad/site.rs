@@ -2,7 +2,7 @@
 //! gradient, the cotangents of the outputs, sizes, attributes; and where it gives the cotangents of the inputs.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::Effort;
 use super::expr::{Expr, Graph};
@@ -27,6 +27,8 @@ pub(super) struct Sweep<'g> {
     pub(super) cotangents: RefCell<HashMap<String, Expr>>,
     /// What stands for values of the forward pass that are computed again, in the segment that the sweep is in.
     pub(super) copies: RefCell<HashMap<String, Expr>>,
+    /// Attention weights whose cotangent is without its sum already.
+    pub(super) centred: RefCell<HashSet<String>>,
     /// Cotangents of parts of values, until those of the other parts are there.
     pub(super) parts: RefCell<HashMap<String, Vec<Part>>>,
 }

@@ -2,6 +2,7 @@
 //! attention that is written out, where its weights are computed again to save memory.
 
 use super::Rule;
+use super::softmax::{less_sum, with_ones};
 use crate::error::{Error, Result};
 use crate::onnx::attention::around;
 use crate::onnx::grad::expr::Expr;
@@ -222,13 +223,13 @@ fn blocks(shape: &Shape, scale: f64, q: &Expr, k: &Expr, v: &Expr, y: &Expr, dy:
     let mut all: [Vec<Expr>; 3] = Default::default();
     for head in (0..shape.heads).step_by(heads) {
         let [q, k, v, y, dy] = [q, k, v, y, dy].map(|value| part(value, 0, head, heads, shape.heads));
-        let (turned_k, turned_v) = (k.transpose(&[0, 2, 1]), v.transpose(&[0, 2, 1]));
+        let (turned_k, turned_v) = (k.transpose(&[0, 2, 1]), with_ones(&v, 3).transpose(&[0, 2, 1]));
         let (mut of_queries, mut of_others) = (Vec::new(), Vec::<[Expr; 2]>::new());
         for first in (0..shape.queries).step_by(rows) {
             let [q, y, dy] = [&q, &y, &dy].map(|value| part(value, 1, first, rows, shape.queries));
             let q = q * scale;
             let weights = q.matmul(&k).op_with("Softmax", &[], |node| node.with("axis", -1));
-            let bar = &weights * (dy.matmul(&turned_v) - (&dy * y).sum(&[-1], true));
+            let bar = &weights * less_sum(&dy, &y).matmul(&turned_v);
             let queries = bar.matmul(&turned_k) * scale;
             let keys = bar.transpose(&[0, 2, 1]).matmul(&q);
             let values = weights.transpose(&[0, 2, 1]).matmul(&dy);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Rule, attention};
+use super::{Rule, attention, softmax};
 use crate::error::{Error, Result};
 use crate::onnx::grad::Effort;
 use crate::onnx::grad::expr::Expr;
@@ -24,7 +24,7 @@ fn matmul(at: &Site) -> Result<()> {
         return matmul_by_matrix(at, left);
     }
     if at.wants(0) {
-        let full = at.dy().matmul(&at.x(1).transpose_last(right));
+        let full = softmax::centred(at)?.unwrap_or_else(|| at.dy().matmul(&at.x(1).transpose_last(right)));
         let sizes = with_last(at.output_sizes(0)?, &at.sizes(0)?);
         let summed = at.unbroadcast(full, sizes, 0)?;
         at.give(0, || summed);
