@@ -2748,7 +2748,8 @@ typedef struct {
    */
   macula_method method;
   /**
-   * 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
+   * 1: the gradient keeps no second copy of a weight that is large beside what it acts on; slower. 0: weights are kept
+   * as it is fastest, for a UNet of Stable Diffusion 1's size in 16.5 GB instead of 6.2. Default: `0`.
    */
   int32_t save_memory;
   /**
@@ -2995,7 +2996,8 @@ typedef struct {
    */
   uint32_t lot;
   /**
-   * 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
+   * 1: the gradient keeps no second copy of a weight that is large beside what it acts on; slower. 0: weights are kept
+   * as it is fastest, for a UNet of Stable Diffusion 1's size in 16.5 GB instead of 6.2. Default: `0`.
    */
   int32_t save_memory;
   /**

@@ -75,7 +75,8 @@ pub struct macula_together_options {
     /// Noisy pictures that are run at a time: memory grows with it. Must divide `batch`; 0 for the whole batch.
     /// Default: `0`.
     pub lot: u32,
-    /// 1: the gradient keeps no second copy of a weight; slower. Default: `0`.
+    /// 1: the gradient keeps no second copy of a weight that is large beside what it acts on; slower. 0: weights are kept
+    /// as it is fastest, for a UNet of Stable Diffusion 1's size in 16.5 GB instead of 6.2. Default: `0`.
     pub save_memory: i32,
     /// Class for a UNet that takes one. Default: `0`.
     pub class_label: i32,

@@ -35,11 +35,11 @@ use crate::error::{Error, Result};
 /// What a backward pass may spend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Effort {
-    /// The fastest backward graph: weights may be kept a second time, transposed.
+    /// The fastest backward graph: weights may be kept a second time, transposed or turned.
     #[default]
     Speed,
-    /// No second copy of a weight, and no attention weights kept from the forward pass: they are computed again, block by
-    /// block.
+    /// No second copy of a weight that is large beside what it acts on, and no attention weights kept from the forward pass:
+    /// they are computed again, block by block.
     Memory,
 }
 

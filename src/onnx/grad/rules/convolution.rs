@@ -93,6 +93,16 @@ impl Window {
     }
 }
 
+/// Whether a second kernel is worth its memory where memory is short: it is at most twice as large as what it moves over.
+fn is_small(window: &Window, small: &[Size], large: &[Size]) -> bool {
+    let numbers = |sizes: &[Size]| sizes.iter().map(Size::fixed).product::<Option<usize>>();
+    let channels = small[1].fixed().zip(large[1].fixed());
+    let kernel = channels.zip(window.fixed_kernel()).map(|((of_small, of_large), kernel)| {
+        kernel.iter().fold(of_small * of_large, |numbers, &size| numbers.saturating_mul(size.max(0) as usize))
+    });
+    kernel.zip(numbers(small).max(numbers(large))).is_some_and(|(kernel, moves_over)| kernel <= 2 * moves_over)
+}
+
 /// The cotangent of a convolution's input: the transposed convolution of `dy`. `small` are the sizes of `dy`, `large`
 /// those of the input.
 pub(super) fn spread(
@@ -112,7 +122,7 @@ pub(super) fn spread(
         let pads = (pads(&window.pads.0), pads(&window.pads.1));
         pads.0.iter().chain(&pads.1).all(|&pad| pad >= 0).then_some(pads)
     };
-    if at.effort() == Effort::Speed
+    if (at.effort() == Effort::Speed || is_small(window, small, large))
         && unit(&window.strides)
         && window.group == 1
         && let Some(pads) = window.fixed_kernel().and_then(turned)
