@@ -19,7 +19,7 @@ use crate::onnx::attention::{self, KeyValueInput, Role, WeightInput};
 use crate::onnx::build::{self, Dim};
 use crate::onnx::grad::{self, Effort, Facts, Spending};
 use crate::onnx::graph::element_type;
-use crate::onnx::{Limits, Model};
+use crate::onnx::{Limits, Model, winograd};
 use crate::progress::CancelToken;
 use crate::runtime::{ElementType, Optimization, Provider, Runtime, Session, SessionOptions, Tensor, observe};
 
@@ -258,6 +258,9 @@ impl KeyValueGradient {
         if session_options.provider == Provider::Cpu {
             // What no gradient passes, and what the gradient computes again.
             attention::fuse(&mut gradient.model)?;
+            if options.spending.effort == Effort::Speed {
+                winograd::minimal_filtering(&mut gradient.model, &gradient.sizes)?;
+            }
         }
         let gradient_of = |value: &str| {
             let at = wrt.iter().position(|known| *known == value)?;

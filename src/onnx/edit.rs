@@ -144,6 +144,59 @@ pub fn cut(model: &Model, inputs: &[&str], outputs: &[&str]) -> Result<Model> {
     Ok(part)
 }
 
+/// A graph that grows by nodes and constants, whose names begin with that of the value they are for. Made by
+/// [`Edit::growing`].
+pub struct Growing<'e> {
+    edit: &'e mut Edit,
+    prefix: &'e str,
+}
+
+impl Growing<'_> {
+    fn fresh(&mut self, what: &str) -> String {
+        self.edit.fresh_name(&format!("{}/{what}", self.prefix))
+    }
+
+    /// Adds a node without outputs and answers the one that it gets.
+    pub fn node(&mut self, mut node: NodeProto) -> String {
+        let name = self.fresh(node.op_type());
+        node.output.push(name.clone());
+        self.edit.graph_mut().node.push(node.named(&name));
+        name
+    }
+
+    /// Adds a node in the place of another, whose name and outputs it gets.
+    pub fn instead(&mut self, mut node: NodeProto, of: &NodeProto) {
+        node.output.clone_from(&of.output);
+        self.edit.graph_mut().node.push(node.named(of.name()));
+    }
+
+    /// Adds a list of integers.
+    pub fn integers(&mut self, values: &[i64]) -> String {
+        let name = self.fresh("sizes");
+        self.edit.graph_mut().initializer.push(build::tensor_i64(&name, &[values.len()], values));
+        name
+    }
+
+    /// Adds numbers.
+    pub fn numbers(&mut self, sizes: &[usize], values: &[f32]) -> String {
+        let name = self.fresh("numbers");
+        self.edit.graph_mut().initializer.push(build::tensor_f32(&name, sizes, values));
+        name
+    }
+
+    /// The value in another shape.
+    pub fn reshape(&mut self, value: &str, sizes: &[usize]) -> String {
+        let sizes: Vec<i64> = sizes.iter().map(|&size| size as i64).collect();
+        let sizes = self.integers(&sizes);
+        self.node(build::node("Reshape", [value, &sizes], []))
+    }
+
+    /// The value with its axes in another order.
+    pub fn transpose(&mut self, value: &str, order: &[i64]) -> String {
+        self.node(build::node("Transpose", [value], []).with("perm", order))
+    }
+}
+
 /// A model while it is changed. Made by [`Model::edit`].
 pub struct Edit {
     model: Model,
@@ -152,6 +205,11 @@ pub struct Edit {
 }
 
 impl Edit {
+    /// A graph to add nodes to, on behalf of a value.
+    pub fn growing<'e>(&'e mut self, value: &'e str) -> Growing<'e> {
+        Growing { edit: self, prefix: value }
+    }
+
     /// The graph as edited so far.
     pub fn graph(&self) -> &GraphProto {
         &self.model.graph

@@ -637,6 +637,22 @@ impl<'a> Operator<'_, 'a> {
                 let columns = side(b, self.int("transB").unwrap_or(0) == 0)?;
                 Some(Value::shaped(vec![rows, columns], like))
             }
+            // Of one or two inputs, so that nothing larger than these and the output lies in between.
+            "Einsum" if self.inputs.len() <= 2 => {
+                let equation = std::str::from_utf8(self.attribute("equation")?.s.as_deref()?).ok()?;
+                let equation: String = equation.split_whitespace().collect();
+                let (inputs, output) = equation.split_once("->").filter(|_| !equation.contains('.'))?;
+                let mut sizes = HashMap::new();
+                for (index, labels) in inputs.split(',').enumerate() {
+                    let shape = self.shape(index).filter(|shape| shape.len() == labels.chars().count())?;
+                    for (label, &size) in labels.chars().zip(shape) {
+                        let known = sizes.entry(label).or_insert(size);
+                        *known = size.max(*known);
+                    }
+                }
+                let shape = output.chars().map(|label| sizes.get(&label).copied()).collect::<Option<Vec<u64>>>()?;
+                Some(Value::shaped(shape, like))
+            }
             _ => None,
         }
     }
@@ -861,6 +877,14 @@ mod tests {
         assert_eq!(status(vec![tile], vec![one(), shape(&[1 << 30])]), limit);
         let range = node("Range", ["shape", "zero", "shape"], ["y"]);
         assert_eq!(status(vec![range], vec![shape(&[-1]), tensor_i64("zero", &[], &[-1 << 40])]), limit);
+        let outer = |equation: &str| node("Einsum", ["row", "row"], ["y"]).with("equation", equation);
+        let row = |size: usize| tensor_f32("row", &[size], &vec![1.0; size]);
+        assert_eq!(status(vec![outer("i,j->ij")], vec![row(1 << 15)]), limit);
+        assert_eq!(status(vec![outer("i, j -> ij")], vec![row(1 << 6)]), None);
+        assert_eq!(status(vec![outer("i,i->i")], vec![row(1 << 15)]), None);
+        for untold in ["i,j", "...i,j->...ij", "ij,j->ij"] {
+            assert_eq!(status(vec![outer(untold)], vec![row(4)]), limit, "{untold}");
+        }
         let random = node("RandomNormal", [], ["y"]).with("shape", [1 << 20, 1 << 10]);
         assert_eq!(status(vec![random], vec![]), limit);
     }

@@ -18,6 +18,7 @@ pub mod save;
 pub mod tensor;
 pub mod token_embedding;
 mod walk;
+pub mod winograd;
 mod wire;
 
 pub use limits::Limits;

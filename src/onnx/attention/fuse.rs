@@ -5,8 +5,8 @@
 //! but its own optimizer does not find attention in these graphs. Heads do not mix, so every axis in front of the last
 //! two becomes a part of the batch of an attention with one head, whatever it means to the model.
 
-use super::super::build::{self, node};
-use super::super::edit::Edit;
+use super::super::build::node;
+use super::super::edit::{Edit, Growing};
 use super::super::graph::Topology;
 use super::super::model::Model;
 use super::super::proto::NodeProto;
@@ -130,57 +130,34 @@ fn axes(topology: &Topology<'_>, value: &str) -> Option<usize> {
     None
 }
 
-/// A graph that grows.
-struct Growing<'e> {
-    edit: &'e mut Edit,
-    /// What new names begin with.
-    prefix: &'e str,
+/// The sizes of a value's axes from one on, up to another; negative ones count from behind.
+fn sizes(graph: &mut Growing, value: &str, from: i64, to: i64) -> String {
+    let sizes = graph.node(node("Shape", [value], []));
+    let (from, to) = (graph.integers(&[from]), graph.integers(&[to]));
+    graph.node(node("Slice", [&*sizes, &from, &to], []))
 }
 
-impl Growing<'_> {
-    /// Adds a node and answers its one output.
-    fn node(&mut self, mut node: NodeProto) -> String {
-        let name = self.edit.fresh_name(&format!("{}/{}", self.prefix, node.op_type()));
-        node.output.push(name.clone());
-        self.edit.graph_mut().node.push(node.named(&name));
-        name
-    }
-
-    fn constant(&mut self, values: &[i64]) -> String {
-        let name = self.edit.fresh_name(&format!("{}/sizes", self.prefix));
-        self.edit.graph_mut().initializer.push(build::tensor_i64(&name, &[values.len()], values));
-        name
-    }
-
-    /// The sizes of a value's axes from one on, up to another; negative ones count from behind.
-    fn sizes(&mut self, value: &str, from: i64, to: i64) -> String {
-        let sizes = self.node(node("Shape", [value], []));
-        let (from, to) = (self.constant(&[from]), self.constant(&[to]));
-        self.node(node("Slice", [&*sizes, &from, &to], []))
-    }
-
-    /// The value in a shape that is put together from sizes.
-    fn reshape(&mut self, value: &str, sizes: [&str; 2]) -> String {
-        let shape = self.node(node("Concat", sizes, []).with("axis", 0));
-        self.node(node("Reshape", [value, &shape], []))
-    }
+/// The value in a shape that is put together from sizes.
+fn reshape(graph: &mut Growing, value: &str, sizes: [&str; 2]) -> String {
+    let shape = graph.node(node("Concat", sizes, []).with("axis", 0));
+    graph.node(node("Reshape", [value, &shape], []))
 }
 
 /// Adds the fused attention, and lets everyone who used the written one's result take its own.
 fn replace(edit: &mut Edit, attention: &Written) {
     let Written { queries, keys, values, result, scale, axes } = attention;
-    let mut graph = Growing { edit, prefix: result };
+    let mut graph = edit.growing(result);
     let mut exchanged: Vec<i64> = (0..*axes as i64).collect();
     exchanged.swap(axes - 2, axes - 1);
     let keys = graph.node(node("Transpose", [keys.as_str()], []).with("perm", exchanged));
-    let rest = graph.constant(&[-1]);
+    let rest = graph.integers(&[-1]);
     let [q, k, v] = [queries, &keys, values].map(|value| {
-        let last_two = graph.sizes(value, -2, i64::MAX);
-        graph.reshape(value, [&rest, &last_two])
+        let last_two = sizes(&mut graph, value, -2, i64::MAX);
+        reshape(&mut graph, value, [&rest, &last_two])
     });
     let fused = node("MultiHeadAttention", [&*q, &k, &v], []).in_domain(DOMAIN);
     let fused = graph.node(fused.with("num_heads", 1).with("scale", *scale));
-    let all_but_last = graph.sizes(queries, 0, -1);
-    let fused = graph.reshape(&fused, [&all_but_last, &rest]);
+    let all_but_last = sizes(&mut graph, queries, 0, -1);
+    let fused = reshape(&mut graph, &fused, [&all_but_last, &rest]);
     edit.redirect(result, &fused);
 }

@@ -113,6 +113,11 @@ impl Facts {
         self.sizes.get(value).map(Vec::as_slice)
     }
 
+    /// Every value whose sizes are known.
+    pub(super) fn all_sizes(&self) -> impl Iterator<Item = (&str, &[Size])> {
+        self.sizes.iter().map(|(value, sizes)| (value.as_str(), sizes.as_slice()))
+    }
+
     pub(super) fn numbers(&self, value: &str) -> Option<&[i64]> {
         self.numbers.get(value).map(Vec::as_slice)
     }
@@ -138,8 +143,14 @@ pub fn questions(model: &Model, wrt: &[&str], output: &str) -> Result<Questions>
     };
     add(output);
     wrt.iter().for_each(|value| add(value));
-    for (node, _) in model.graph().node.iter().zip(path.nodes()).filter(|(_, on)| **on) {
-        node.input.iter().chain(&node.output).for_each(|value| add(value));
+    for (node, on) in model.graph().node.iter().zip(path.nodes()) {
+        if *on || node.is("Conv") {
+            // Convolutions that no gradient passes, too: how they are computed best depends on their sizes.
+            node.input.iter().chain(&node.output).for_each(|value| add(value));
+        }
+        if !on {
+            continue;
+        }
         let read = rules::reads(node).iter().filter_map(|&index| node.input.get(index));
         asked.numbers.extend(read.filter(|value| path.data_type(value) == Some(DataType::Int64)).cloned());
     }

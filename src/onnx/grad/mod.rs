@@ -68,6 +68,8 @@ pub struct Gradient {
     pub cotangent: String,
     /// The outputs that hold the gradients, in the order of the values asked for; each of its value's shape, f32 or f64.
     pub gradients: Vec<String>,
+    /// What is known of the sizes of its values: of those that were observed and of their cotangents, where they are fixed.
+    pub sizes: HashMap<String, Vec<usize>>,
     /// Most bytes of values of the forward pass that the backward pass finds at a time, without those that do not depend on
     /// what was differentiated.
     pub activations: u64,
@@ -116,6 +118,7 @@ pub fn vjp(
         gradients.push(build::value(&name, found.data_type, dims(value).as_deref()));
     }
     let cotangent_dims = dims(output);
+    let sizes = sizes(facts, &swept);
     let names = gradients.iter().map(|info| info.name().to_owned()).collect();
     let mut model = model.clone();
     model.edit(|edit| {
@@ -128,7 +131,20 @@ pub fn vjp(
         Ok(())
     })?;
     let cotangent = swept.seed.name.to_string();
-    Ok(Gradient { model, cotangent, gradients: names, activations: plan.peak })
+    Ok(Gradient { model, cotangent, gradients: names, sizes, activations: plan.peak })
+}
+
+/// The sizes of the values that were observed and of their cotangents, where no run changes them.
+fn sizes(facts: &Facts, swept: &Swept) -> HashMap<String, Vec<usize>> {
+    let mut known = HashMap::new();
+    for (value, sizes) in facts.all_sizes() {
+        let Some(fixed) = sizes.iter().map(Size::fixed).collect::<Option<Vec<usize>>>() else { continue };
+        if let Some(cotangent) = swept.cotangents.get(value) {
+            known.insert(cotangent.name.to_string(), fixed.clone());
+        }
+        known.insert(value.to_owned(), fixed);
+    }
+    known
 }
 
 /// What is differentiated, and how.
@@ -150,6 +166,8 @@ struct Swept {
     /// The cotangent of the output, an input.
     seed: Expr,
     gradients: Vec<Expr>,
+    /// Of each value that has one.
+    cotangents: HashMap<String, Expr>,
     /// Forward nodes, and where in `nodes` what their rules wrote begins.
     marks: Vec<(usize, usize)>,
 }
@@ -204,7 +222,8 @@ impl<'g> Given<'g> {
         });
         let gradients = gradients.collect::<Result<Vec<_>>>()?;
         let (nodes, initializers, names) = graph.take();
-        Ok(Swept { nodes, initializers, names, seed, gradients, marks })
+        let cotangents = sweep.cotangents.into_inner();
+        Ok(Swept { nodes, initializers, names, seed, gradients, cotangents, marks })
     }
 }
 
