@@ -255,11 +255,12 @@ impl KeyValueGradient {
             let kept = gradient.activations;
             log::warn!(target: "macula::discovery", "the gradient keeps {kept} bytes of the forward pass at least, {wanted} were to be the most");
         }
+        let mut transformed = 0;
         if session_options.provider == Provider::Cpu {
             // What no gradient passes, and what the gradient computes again.
             attention::fuse(&mut gradient.model)?;
             if options.spending.effort == Effort::Speed {
-                winograd::minimal_filtering(&mut gradient.model, &gradient.sizes)?;
+                transformed = winograd::minimal_filtering(&mut gradient.model, &gradient.sizes)?;
             }
         }
         let gradient_of = |value: &str| {
@@ -273,7 +274,8 @@ impl KeyValueGradient {
         names.cotangent = gradient.cotangent;
         if options.spending.effort == Effort::Speed {
             // Half precision is widened and every kernel packed, those of the backward sweep as well as the forward one's.
-            room(usize::try_from(gradient.model.weight_bytes()?).unwrap_or(usize::MAX).saturating_mul(4))?;
+            let packed = gradient.model.weight_bytes()?.saturating_mul(4).saturating_add(transformed);
+            room(usize::try_from(packed).unwrap_or(usize::MAX))?;
         }
         let session = runtime.session(&gradient.model, &session_options)?;
         let taken = |input: &Input| session.input(&input.name).is_ok();

@@ -100,10 +100,10 @@ struct Convolution {
     turned: bool,
 }
 
-/// Writes every convolution anew for which it pays on a CPU, and answers how many: those in f32 of 3 x 3 and stride 1 around
-/// each place, of constant kernels and many channels, where `sizes` tells those of the input. The results differ by
-/// rounding: by some 4e-7 of the largest number with small tiles, 8e-6 with large ones.
-pub fn minimal_filtering(model: &mut Model, sizes: &HashMap<String, Vec<usize>>) -> Result<usize> {
+/// Writes every convolution anew for which it pays on a CPU, and answers how many bytes their kernels then take. These are
+/// the ones in f32 of 3 x 3 and stride 1 around each place, of constant kernels and many channels, where `sizes` tells those
+/// of the input. The results differ by rounding: by some 4e-7 of the largest number with small tiles, 8e-6 with large ones.
+pub fn minimal_filtering(model: &mut Model, sizes: &HashMap<String, Vec<usize>>) -> Result<u64> {
     let found = convolutions(model, sizes);
     if !found.is_empty() {
         model.edit(|edit| {
@@ -119,7 +119,7 @@ pub fn minimal_filtering(model: &mut Model, sizes: &HashMap<String, Vec<usize>>)
             Ok(())
         })?;
     }
-    Ok(found.len())
+    Ok(found.iter().map(Convolution::bytes).sum())
 }
 
 fn convolutions(model: &Model, sizes: &HashMap<String, Vec<usize>>) -> Vec<Convolution> {
@@ -138,8 +138,11 @@ fn convolutions(model: &Model, sizes: &HashMap<String, Vec<usize>>) -> Vec<Convo
         let Some(&[outer, inner, 3, 3]) = topology.constant(original).map(|tensor| tensor.dims.as_slice()) else {
             continue;
         };
-        let kernels = if turned { inner } else { outer } as usize;
+        let [kernels, taken] = if turned { [inner, outer] } else { [outer, inner] }.map(|size| size as usize);
         let Some(&[batch, channels, height, width]) = sizes.get(x).map(Vec::as_slice) else { continue };
+        if channels != taken {
+            continue;
+        }
         let numbers = batch * height * width * channels.max(kernels);
         let pays = |filtering: &&Filtering| {
             height.is_multiple_of(filtering.tile)
@@ -201,6 +204,12 @@ fn turned<'g>(model: &Model, topology: &Topology<'g>, kernel: &str) -> Option<&'
 }
 
 impl Convolution {
+    /// Of the transformed kernel.
+    fn bytes(&self) -> u64 {
+        let patch = (self.filtering.tile + 2).pow(2);
+        (patch * self.channels * self.kernels * size_of::<f32>()) as u64
+    }
+
     fn write(&self, edit: &mut Edit, node: &NodeProto, transforms: &mut HashMap<(usize, usize), String>) {
         let &Self { filtering, batch, channels, kernels, height, width, .. } = self;
         let Filtering { tile, input, kernel, output, .. } = filtering;
