@@ -310,7 +310,9 @@ def main():
         "together_bytes": together and together.bytes,
         "share_of_kv_bytes_of_four": together and round(4 * max(together.bytes) / (4 * weights.count), 5),
         "together_seconds": together and together.seconds,
-        "composed": {n: composed(model, weights, first, n, count, seeds, options, together) for n in (2, 3, 4)},
+        "composed": {
+            n: composed(model, weights, first, n, count, seeds, options, together) for n in (2, 3, 4) if n <= len(first)
+        },
         "beside_an_object": beside(model, weights, known, 20 if options.full else 6, options),
         "seconds": round(time.time() - began),
     }
