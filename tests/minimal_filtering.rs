@@ -1,28 +1,26 @@
-//! Convolutions written as minimal filtering give what ONNX Runtime's own kernel gives, and nothing else is touched.
+//! Convolutions written as minimal filtering give what ONNX Runtime's own kernel gives, in gradients too, and nothing else is
+//! touched.
 
 mod support;
 
 use std::collections::HashMap;
 
 use macula::onnx::build::{self, Dim, node};
+use macula::onnx::grad::{self, Effort, Facts};
 use macula::onnx::proto::{GraphProto, NodeProto};
 use macula::onnx::{DataType, Limits, Model, winograd};
 use macula::progress::CancelToken;
-use macula::runtime::{Runtime, RuntimeOptions, SessionOptions, Tensor};
+use macula::runtime::{Runtime, RuntimeOptions, SessionOptions, Tensor, observe};
+use rand_chacha::ChaCha8Rng;
+use rand_core::{RngCore, SeedableRng};
 
 const CHANNELS: usize = 256;
 const KERNELS: usize = 288;
 
-/// Numbers without a pattern, between -1 and 1.
+/// Numbers between -1 and 1.
 fn numbers(count: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    (0..count).map(|_| random.next_u32() as f32 / 2f32.powi(31) - 1.0).collect()
 }
 
 struct Case {
@@ -61,18 +59,8 @@ impl Case {
     fn model(&self) -> (Model, HashMap<String, Vec<usize>>) {
         let &Self { batch, height, width, channels, .. } = self;
         let kernel = if self.turned { [channels, KERNELS, 3, 3] } else { [KERNELS, channels, 3, 3] };
-        let sizes = HashMap::from([
-            ("x".to_owned(), vec![batch, channels, height, width]),
-            ("y".to_owned(), vec![batch, KERNELS, height, width]),
-        ]);
-        let declared = |name: &str| {
-            let dims: Vec<Dim> = sizes[name].iter().map(|&size| Dim::Fixed(size as i64)).collect();
-            build::value(name, DataType::Float, Some(&dims))
-        };
-        let mut output = declared("y");
-        if self.node.attribute_ints("strides").is_some() {
-            output = build::value("y", DataType::Float, None);
-        }
+        let sizes = vec![batch, channels, height, width];
+        let dims: Vec<Dim> = sizes.iter().map(|&size| Dim::Fixed(size as i64)).collect();
         let graph = GraphProto {
             name: Some("convolution".into()),
             node: self.before.iter().chain([&self.node]).cloned().collect(),
@@ -83,11 +71,11 @@ impl Case {
                 build::tensor_i64("first", &[2], &[-9, -9]),
                 build::tensor_i64("axes", &[2], &[2, 3]),
             ],
-            input: vec![declared("x")],
-            output: vec![output],
+            input: vec![build::value("x", DataType::Float, Some(&dims))],
+            output: vec![build::value("y", DataType::Float, None)],
             ..GraphProto::default()
         };
-        (Model::new(graph, &[("", 17)], &Limits::default()).unwrap(), sizes)
+        (Model::new(graph, &[("", 17)], &Limits::default()).unwrap(), HashMap::from([("x".to_owned(), sizes)]))
     }
 
     fn run(&self, runtime: &Runtime, model: &Model) -> Vec<f32> {
@@ -123,6 +111,42 @@ fn tiles_of_both_sizes_give_what_the_sum_gives() {
         let error = support::relative_error(&filtered, &sum);
         assert!(error > 0.0 && error <= bound, "{name}: {error:e}");
     }
+}
+
+/// Both directions of a convolution: what its rule convolves with is recognised.
+#[test]
+fn a_gradient_is_filtered_there_and_back() {
+    support::onnxruntime();
+    let runtime = Runtime::load(&RuntimeOptions::default()).unwrap();
+    let case = Case::new(1, 8, 12);
+    let (mut model, sizes) = case.model();
+    // Squares, so that the gradient needs the convolution's result.
+    model
+        .edit(|edit| {
+            let graph = edit.graph_mut();
+            graph.node.push(node("Mul", ["y", "y"], ["z"]));
+            graph.output = vec![build::value("z", DataType::Float, None)];
+            Ok(())
+        })
+        .unwrap();
+    let tensor = |sizes: &[usize], seed| Tensor::from_vec(sizes, numbers(sizes.iter().product(), seed)).unwrap();
+    let x = tensor(&sizes["x"], 3);
+    let asked = grad::questions(&model, &["x"], "z").unwrap();
+    let seen =
+        observe(&runtime, &model, &asked, &[("x", &x)], &SessionOptions::default(), &CancelToken::new()).unwrap();
+    let gradient = grad::vjp(&model, &Facts::new(&[seen]).unwrap(), &["x"], "z", Effort::Speed).unwrap();
+    let cotangent = tensor(&[1, KERNELS, 8, 12], 4);
+    let run = |model: &Model| {
+        let session = runtime.session(model, &SessionOptions::default()).unwrap();
+        let given = [("x", &x), (gradient.cotangent.as_str(), &cotangent)];
+        let answer = session.run(&given, &[gradient.gradients[0].as_str()], &CancelToken::new()).unwrap();
+        answer[0].as_slice::<f32>().unwrap().to_vec()
+    };
+    let mut filtered = gradient.model.clone();
+    let bytes = winograd::minimal_filtering(&mut filtered, &gradient.sizes).unwrap();
+    assert_eq!(bytes, 2 * 4 * 16 * (CHANNELS * KERNELS) as u64);
+    let error = support::relative_error(&run(&filtered), &run(&gradient.model));
+    assert!(error > 0.0 && error <= 2e-6, "{error:e}");
 }
 
 #[test]

@@ -381,8 +381,8 @@ impl KeyValueGradient {
     /// The weighted loss of a batch at `scales [N]` and its slope. All rows of the batch are of one set; it is a multiple of
     /// [`KeyValueGradient::lot`].
     ///
-    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit or a row that is named twice; [`Status::NotFinite`] for a gradient that is not finite,
-    /// naming the projection; [`Status::Cancelled`]; what the session gives.
+    /// Errors: [`Status::InvalidArgument`] for sizes that do not fit or a row that is named twice; [`Status::NotFinite`] for a
+    /// gradient that is not finite, naming the projection; [`Status::Cancelled`]; what the session gives.
     pub fn slope(&self, batch: &Batch, shape: [usize; 3], scales: &[f32], cancel: &CancelToken) -> Result<Slope> {
         if scales.len() != self.len() || batch.rows.iter().any(|row| row.set != 0) {
             return Err(Error::invalid_argument(format!(

@@ -186,8 +186,8 @@ fn squared(matrix: &[f64], columns: usize) -> Vec<f32> {
     pairs.flat_map(|(a, b)| a.iter().flat_map(move |x| b.iter().map(move |y| (x * y) as f32))).collect()
 }
 
-/// The kernel that another one is, read backwards along both sides, with input and output channels exchanged: what a
-/// gradient convolves with.
+/// The kernel that another one is, read backwards along both sides, with input and output channels exchanged: what the rule
+/// of convolutions convolves with. Its own transformation takes fewer steps than that of what it becomes.
 fn turned<'g>(model: &Model, topology: &Topology<'g>, kernel: &str) -> Option<&'g str> {
     let of = |value: &str, op_type| topology.producer(value).map(|(_, node)| node).filter(|node| node.is(op_type));
     let exchanged = of(kernel, "Transpose").filter(|node| node.attribute_ints("perm") == Some(&[1, 0, 2, 3]))?;
@@ -232,6 +232,7 @@ impl Convolution {
         let patches = graph.node(patches);
         // [patch, channels, batch * tiles]
         let patches = match batch {
+            // ONNX Runtime takes this exchange into the product that follows.
             1 => {
                 let apart = graph.reshape(&patches, &[channels, patch, tiles]);
                 graph.transpose(&apart, &[1, 0, 2])

@@ -144,15 +144,14 @@ pub fn questions(model: &Model, wrt: &[&str], output: &str) -> Result<Questions>
     add(output);
     wrt.iter().for_each(|value| add(value));
     for (node, on) in model.graph().node.iter().zip(path.nodes()) {
+        // Of convolutions that no gradient passes, too: how they are computed best depends on their sizes.
         if *on || node.is("Conv") {
-            // Convolutions that no gradient passes, too: how they are computed best depends on their sizes.
             node.input.iter().chain(&node.output).for_each(|value| add(value));
         }
-        if !on {
-            continue;
+        if *on {
+            let read = rules::reads(node).iter().filter_map(|&index| node.input.get(index));
+            asked.numbers.extend(read.filter(|value| path.data_type(value) == Some(DataType::Int64)).cloned());
         }
-        let read = rules::reads(node).iter().filter_map(|&index| node.input.get(index));
-        asked.numbers.extend(read.filter(|value| path.data_type(value) == Some(DataType::Int64)).cloned());
     }
     Ok(asked)
 }

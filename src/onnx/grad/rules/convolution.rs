@@ -95,12 +95,10 @@ impl Window {
 
 /// Whether a second kernel is worth its memory where memory is short: it is at most twice as large as what it moves over.
 fn is_small(window: &Window, small: &[Size], large: &[Size]) -> bool {
-    let numbers = |sizes: &[Size]| sizes.iter().map(Size::fixed).product::<Option<usize>>();
-    let channels = small[1].fixed().zip(large[1].fixed());
-    let kernel = channels.zip(window.fixed_kernel()).map(|((of_small, of_large), kernel)| {
-        kernel.iter().fold(of_small * of_large, |numbers, &size| numbers.saturating_mul(size.max(0) as usize))
-    });
-    kernel.zip(numbers(small).max(numbers(large))).is_some_and(|(kernel, moves_over)| kernel <= 2 * moves_over)
+    let product = |sizes: &[Size]| sizes.iter().map(Size::fixed).product::<Option<usize>>();
+    let kernel = [&small[1..2], &large[1..2], &window.kernel].map(product).into_iter().product::<Option<usize>>();
+    let values = product(small).max(product(large));
+    kernel.zip(values).is_some_and(|(kernel, values)| kernel <= 2 * values)
 }
 
 /// The cotangent of a convolution's input: the transposed convolution of `dy`. `small` are the sizes of `dy`, `large`
